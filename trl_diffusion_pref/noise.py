@@ -1,0 +1,169 @@
+"""Noise processes, built from a diffusers scheduler: how latents are corrupted and what the denoiser is asked for.
+
+Two classes, one per kind of process. Nothing here knows a model; time is counted in the process's own unit (integer
+training steps for variance-preserving processes, t in [0, 1] for rectified flow), and `model_time` gives what the
+denoiser is called with.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Reshapes `(B,)` to `(B, 1, ..., 1)` with the dimensions of `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class NoiseProcess(ABC):
+    """`x_t = alpha_t x_0 + sigma_t noise`; what alpha, sigma and the prediction are, subclasses say.
+
+    Latents and noise are `(B, ...)` tensors, times `(B,)`. Results are float32 whatever the inputs' dtype.
+    """
+
+    num_train_timesteps: int
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at times `(B,)`, each `(B,)` float32."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser's output is compared with."""
+
+    @abstractmethod
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latents that a prediction at `x_t` stands for."""
+
+    @abstractmethod
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """`(n,)` random training times on the generator's device."""
+
+    @abstractmethod
+    def model_time(self, t: Tensor) -> Tensor:
+        """The `timestep` argument that the denoiser gets for times t."""
+
+    def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """`x_t` for clean latents `x0`."""
+        alpha, sigma = self.alpha_sigma(t)
+        return _per_sample(alpha, x0) * x0.float() + _per_sample(sigma, x0) * noise.float()
+
+    def renoise(self, x_t: Tensor, noise: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Brings `x_t` forward to the noisier time s: `x_s = (a_s/a_t) x_t + sqrt(s_s^2 - s_t^2 a_s^2/a_t^2) noise`.
+
+        Exact where `x_t` has the process's distribution at t (Self-NPO, arXiv 2505.11777, step 3).
+
+        Raises:
+            ValueError: Some s is before its t.
+        """
+        if bool((s < t).any()):
+            raise ValueError("renoise goes from less noise to more: each s must be at or after its t.")
+        alpha_t, sigma_t = self.alpha_sigma(t)
+        alpha_s, sigma_s = self.alpha_sigma(s)
+        ratio = alpha_s / alpha_t
+        # Rounding can push the variance of s = t a hair below zero.
+        added = (sigma_s.square() - (sigma_t * ratio).square()).clamp_min(0.0).sqrt()
+        return _per_sample(ratio, x_t) * x_t.float() + _per_sample(added, x_t) * noise.float()
+
+
+class VariancePreserving(NoiseProcess):
+    """DDPM's process (arXiv 2006.11239, equation 4): alpha_t^2 = abar_t, sigma_t^2 = 1 - abar_t, t in 0..T-1.
+
+    Args:
+        alphas_cumprod: abar, `(T,)`, in [0, 1], decreasing.
+        prediction_type: "epsilon" (target: noise), "v_prediction" (target: alpha noise - sigma x0, arXiv 2202.00512,
+            appendix D) or "sample" (target: x0).
+
+    Raises:
+        ValueError: Unknown prediction type, or epsilon prediction with abar = 0 somewhere (zero terminal SNR), where
+            the noise says nothing about x0.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}.")
+        if prediction_type == "epsilon" and bool((alphas_cumprod <= 0).any()):
+            raise ValueError(
+                "The scheduler has zero terminal SNR (alphas_cumprod reaches 0) but prediction_type='epsilon', which "
+                "says nothing about the image there. Use a scheduler with prediction_type 'v_prediction' or 'sample', "
+                "or one without rescale_betas_zero_snr."
+            )
+        self.prediction_type = prediction_type
+        self.num_train_timesteps = len(alphas_cumprod)
+        abar = alphas_cumprod.detach().to("cpu", torch.float64)
+        self._alpha = abar.sqrt().float()
+        self._sigma = (1 - abar).sqrt().float()
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        index = t.to(device="cpu", dtype=torch.int64)
+        return self._alpha[index].to(t.device), self._sigma[index].to(t.device)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise.float()
+        if self.prediction_type == "sample":
+            return x0.float()
+        alpha, sigma = (_per_sample(value, x0) for value in self.alpha_sigma(t))
+        return alpha * noise.float() - sigma * x0.float()
+
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (_per_sample(value, x_t) for value in self.alpha_sigma(t))
+        if self.prediction_type == "epsilon":
+            return (x_t.float() - sigma * prediction.float()) / alpha
+        if self.prediction_type == "sample":
+            return prediction.float()
+        return alpha * x_t.float() - sigma * prediction.float()
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.num_train_timesteps, (n,), generator=generator, device=generator.device)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t
+
+
+class RectifiedFlow(NoiseProcess):
+    """Rectified flow (arXiv 2403.03206): x_t = (1 - t) x0 + t noise, target noise - x0, t in [0, 1].
+
+    Times are drawn logit-normal(0, 1), the published default of the models trained this way.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.num_train_timesteps = num_train_timesteps
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1.0 - t.float(), t.float()
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise.float() - x0.float()
+
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.sigmoid(torch.randn(n, generator=generator, device=generator.device))
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t * self.num_train_timesteps
+
+
+def noise_process(scheduler) -> NoiseProcess:
+    """The noise process that a pipeline with this scheduler was trained for.
+
+    Args:
+        scheduler: A diffusers scheduler; its sampling method does not matter, its betas and prediction type do.
+
+    Raises:
+        TypeError: The scheduler belongs to neither kind of process.
+    """
+    if hasattr(scheduler, "alphas_cumprod"):
+        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return RectifiedFlow(scheduler.config.num_train_timesteps)
+    raise TypeError(
+        f"{type(scheduler).__name__} is neither a variance-preserving scheduler (with alphas_cumprod, such as "
+        "DDPMScheduler) nor a flow-matching one. Set pipeline.scheduler to one of these before training."
+    )
