@@ -1,0 +1,134 @@
+"""Says of a picture which style, colour and shape it shows and how clean it is: image arithmetic, nothing learned.
+
+A picture is compared with every picture that `drawing` can make (all shapes, styles, colours, sizes and positions).
+The nearest one names what is shown, and the distance to it says how clean the picture is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from .drawing import BACKGROUND, COLOURS, IMAGE_SIZE, SHAPES, STYLES, caption, coverage, layouts
+
+
+# Above what the embedded VAE's reconstructions of drawn pictures show; tests/shapes/test_pipeline.py holds that.
+CLEAN_DISTANCE = 0.08
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture shows.
+
+    Args:
+        shape, colour, style: Of the nearest picture that can be drawn.
+        distance: Root mean squared difference to it over pixels and channels, in [0, 1] where 1 is black against
+            white.
+    """
+
+    shape: str
+    colour: str
+    style: str
+    distance: float
+
+    @property
+    def clean(self) -> bool:
+        """Whether the picture is as near to a drawn one as the embedded VAE can come."""
+        return self.distance <= CLEAN_DISTANCE
+
+    @property
+    def prompt(self) -> str:
+        return caption(self.colour, self.shape)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Shares in [0, 1] over a set of pictures.
+
+    Args:
+        preferred: In the style asked about.
+        colour, shape: As the prompt says.
+        clean: Near to a picture that can be drawn.
+        count: Number of pictures.
+    """
+
+    preferred: float
+    colour: float
+    shape: float
+    clean: float
+    count: int
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
+    """(shape, style) of each template, coverages `(K, pixels)` and their squared norms `(K,)`."""
+    labels, rows = [], []
+    for shape in SHAPES:
+        for style in STYLES:
+            for radius, x, y in layouts():
+                labels.append((shape, style))
+                rows.append(coverage(shape, style, radius, x, y).reshape(-1))
+    coverages = np.stack(rows)
+    return labels, coverages, np.square(coverages).sum(axis=1)
+
+
+def judge(images: Sequence[Image.Image]) -> list[Verdict]:
+    """Judges pictures.
+
+    Args:
+        images: RGB pictures of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+
+    Returns:
+        One verdict per picture, in order.
+
+    Raises:
+        ValueError: A picture has another size.
+    """
+    labels, coverages, norms = _templates()
+    for index, image in enumerate(images):
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            raise ValueError(
+                f"picture {index} measures {image.size[0]}x{image.size[1]} pixels; the judge knows drawings of "
+                f"{IMAGE_SIZE}x{IMAGE_SIZE} only. Generate at that size."
+            )
+    if not images:
+        return []
+    background = np.array(BACKGROUND, dtype=np.float32) / 255.0
+    pixels = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in images]) / 255.0
+    difference = (pixels - background).reshape(len(images), -1, 3)
+    energy = np.square(difference).sum(axis=(1, 2))
+    best = np.full(len(images), np.inf, dtype=np.float32)
+    shown = [("", "", "")] * len(images)
+    for name, rgb in COLOURS.items():
+        direction = np.array(rgb, dtype=np.float32) / 255.0 - background
+        # |y - a d|^2 = |y|^2 - 2 a.(y d) + |a|^2 |d|^2 for coverage a and colour direction d
+        squared = energy[:, None] - 2 * (difference @ direction) @ coverages.T + norms * np.dot(direction, direction)
+        nearest = squared.argmin(axis=1)
+        for index, template in enumerate(nearest):
+            if squared[index, template] < best[index]:
+                best[index] = squared[index, template]
+                shown[index] = (labels[template][0], name, labels[template][1])
+    distances = np.sqrt(np.maximum(best, 0.0) / (IMAGE_SIZE * IMAGE_SIZE * 3))
+    return [Verdict(*what, float(distance)) for what, distance in zip(shown, distances, strict=True)]
+
+
+def summarize(images: Sequence[Image.Image], prompts: Sequence[str], preferred_style: str = "outlined") -> Summary:
+    """Judges pictures against the prompts that asked for them.
+
+    Args:
+        images: As for `judge`.
+        prompts: One caption per picture, of the form that `drawing.caption` writes.
+        preferred_style: One of `STYLES`.
+    """
+    verdicts = judge(images)
+    asked = [prompt.split()[1:] for prompt in prompts]
+    pairs = list(zip(verdicts, asked, strict=True))
+    return Summary(
+        preferred=float(np.mean([verdict.style == preferred_style for verdict in verdicts])),
+        colour=float(np.mean([verdict.colour == colour for verdict, (colour, _) in pairs])),
+        shape=float(np.mean([verdict.shape == shape for verdict, (_, shape) in pairs])),
+        clean=float(np.mean([verdict.clean for verdict in verdicts])),
+        count=len(verdicts),
+    )
