@@ -1,0 +1,37 @@
+"""Stacks encoded pairs into a batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .encoding import CONDITIONING_PREFIX, LATENT_COLUMNS
+from .prompts import PromptTable
+
+
+class PairCollator:
+    """Turns rows of an encoded data set into tensors.
+
+    Args:
+        prompts: Table of prompt embeddings; None for streamed data, whose rows carry their own.
+    """
+
+    def __init__(self, prompts: PromptTable | None) -> None:
+        self.prompts = prompts
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Batch of B rows.
+
+        Returns:
+            `chosen_mean`, `chosen_std`, `rejected_mean`, `rejected_std`: `(B, C, h, w)` float32; `row`: `(B,)` int64
+            position in the data set that was passed to the trainer; `conditioning/<name>`: `(B, ...)` float32.
+        """
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in LATENT_COLUMNS}
+        batch["row"] = torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)
+        if self.prompts is not None:
+            conditioning = self.prompts([row["prompt"] for row in rows])
+            batch |= {CONDITIONING_PREFIX + name: tensor for name, tensor in conditioning.items()}
+        else:
+            names = [name for name in rows[0] if name.startswith(CONDITIONING_PREFIX)]
+            batch |= {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
+        return batch

@@ -1,0 +1,197 @@
+"""Encodes a data set of pairs once: images to latent posteriors, in `datasets`' cache."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, IterableDataset
+from datasets.fingerprint import Hasher
+from diffusers import DiffusionPipeline
+
+from ..families import Family
+from ..fingerprint import weights_fingerprint
+from .arrays import array_features
+from .columns import PAIR_COLUMNS, check_prompts, raise_row_problems
+from .images import ImageProblem, decode_image, prepare_image
+
+
+LATENT_COLUMNS = ("chosen_mean", "chosen_std", "rejected_mean", "rejected_std")
+CONDITIONING_PREFIX = "conditioning/"
+# Part of the cache's key: raise it when encoded values change for the same inputs.
+_ENCODING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """What decides the encoded values, besides the weights.
+
+    Args:
+        resolution: Side length in pixels.
+        crop: "center" or "random" (one place per pair, drawn once from the seed and the row).
+        random_flip: Whether each pair is mirrored with probability 1/2 (one decision per pair, likewise).
+        seed: Of these draws.
+    """
+
+    resolution: int
+    crop: str = "center"
+    random_flip: bool = False
+    seed: int = 0
+
+
+@contextmanager
+def on_device(pipeline: DiffusionPipeline, family: Family, device: torch.device) -> Iterator[None]:
+    """Keeps the pipeline's encoders on a device for the duration, then puts them back where they were."""
+    encoders = family.encoders(pipeline)
+    before = [(encoder.device, encoder.training) for encoder in encoders]
+    try:
+        for encoder in encoders:
+            encoder.to(device).eval()
+        yield
+    finally:
+        for encoder, (place, training) in zip(encoders, before, strict=True):
+            encoder.to(place).train(training)
+
+
+class _PairEncoder:
+    """Encodes a batch of rows; the function that `map` calls."""
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, family: Family, options: EncodingOptions, what: str, with_prompts: bool
+    ) -> None:
+        self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
+        self.with_prompts = with_prompts
+        self.pool = ThreadPoolExecutor(max_workers=4)
+
+    def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
+        check_prompts(batch["prompt"], rows, self.what)
+        prepared = list(self.pool.map(self._prepare_pair, rows, batch["chosen"], batch["rejected"]))
+        raise_row_problems([problem for problems, _ in prepared for problem in problems], self.what)
+        encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
+        for index, column in enumerate(("chosen", "rejected")):
+            pixels = torch.stack([pair[index] for _, pair in prepared])
+            mean, std = self.family.encode_images(self.pipeline, pixels)
+            finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
+            raise_row_problems(
+                [
+                    f"row {row}, column '{column}': the VAE gives NaN or infinity in {self.pipeline.vae.dtype}; "
+                    "load it in float32"
+                    for row, good in zip(rows, finite, strict=True)
+                    if not good
+                ],
+                self.what,
+            )
+            encoded[f"{column}_mean"], encoded[f"{column}_std"] = mean.cpu().numpy(), std.cpu().numpy()
+        if self.with_prompts:
+            conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
+            encoded |= {CONDITIONING_PREFIX + name: tensor.cpu().numpy() for name, tensor in conditioning.items()}
+        return encoded
+
+    def _prepare_pair(self, row: int, chosen: Any, rejected: Any) -> tuple[list[str], list[torch.Tensor]]:
+        rng = np.random.default_rng([self.options.seed, row])
+        crop_at = tuple(rng.random(2)) if self.options.crop == "random" else (0.5, 0.5)
+        flip = self.options.random_flip and bool(rng.random() < 0.5)
+        problems, images = [], []
+        for column, cell in (("chosen", chosen), ("rejected", rejected)):
+            try:
+                images.append(decode_image(cell))
+            except ImageProblem as problem:
+                problems.append(f"row {row}, column '{column}': {problem}")
+        if not problems and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+            problems.append(f"row {row}, columns 'chosen' and 'rejected': the same image, so there is no preference")
+        if problems:
+            return problems, []
+        return problems, [prepare_image(image, self.options.resolution, crop_at, flip) for image in images]
+
+
+def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The three columns, images as bytes or paths, so that decoding errors are ours to explain."""
+    dataset = dataset.select_columns(list(PAIR_COLUMNS))
+    for column in ("chosen", "rejected"):
+        dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
+def _latent_shapes(pipeline: DiffusionPipeline, family: Family, resolution: int) -> dict[str, tuple[int, ...]]:
+    mean, _ = family.encode_images(pipeline, torch.zeros(1, 3, resolution, resolution))
+    return dict.fromkeys(LATENT_COLUMNS, tuple(mean.shape[1:]))
+
+
+def encode_pairs(
+    dataset: Dataset,
+    pipeline: DiffusionPipeline,
+    family: Family,
+    options: EncodingOptions,
+    *,
+    what: str,
+    cache_folder: Path,
+    batch_size: int,
+) -> Dataset:
+    """Encodes every pair, or finds it in the cache.
+
+    The cache's key covers the data set, the encoders' weights, the options and nothing else, so that runs that differ
+    in learning rate or algorithm share it.
+
+    Args:
+        dataset: Columns `prompt`, `chosen`, `rejected`.
+        pipeline: Its encoders are used where they are; see `on_device`.
+        what: How messages call the data set.
+        cache_folder: Holds one Arrow file per key.
+        batch_size: Pairs per call of the VAE.
+
+    Returns:
+        Data set of the same length with `prompt` (str), `row` (int64) and `LATENT_COLUMNS` (float32 arrays).
+
+    Raises:
+        ValueError: A row cannot be used; the message names row and column. The cache then holds nothing.
+    """
+    # Prompts are cheap to read, so all are checked before hours of encoding.
+    check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
+    encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
+    fingerprint = Hasher.hash(
+        [_ENCODING_VERSION, family.pipeline_class, dataset._fingerprint, encoders, asdict(options)]
+    )
+    shapes = _latent_shapes(pipeline, family, options.resolution)
+    encoded = _undecoded(dataset).map(
+        _PairEncoder(pipeline, family, options, what, with_prompts=False),
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        remove_columns=list(PAIR_COLUMNS),
+        features=array_features(shapes, prompt="string", row="int64"),
+        new_fingerprint=fingerprint,
+        cache_file_name=str(cache_folder / f"pairs-{fingerprint}.arrow"),
+        desc=f"Encoding {what}",
+    )
+    return encoded.with_format("torch")
+
+
+def stream_pairs(
+    dataset: IterableDataset,
+    pipeline: DiffusionPipeline,
+    family: Family,
+    options: EncodingOptions,
+    *,
+    what: str,
+    batch_size: int,
+) -> IterableDataset:
+    """Like `encode_pairs` for a streamed data set: encodes whenever rows are read, so the encoders must stay in place.
+
+    Rows carry their prompt's conditioning too, in columns that begin with `CONDITIONING_PREFIX`.
+    """
+    shapes = _latent_shapes(pipeline, family, options.resolution)
+    for name, tensor in family.encode_prompts(pipeline, [""]).items():
+        shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
+    encoded = _undecoded(dataset).map(
+        _PairEncoder(pipeline, family, options, what, with_prompts=True),
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        remove_columns=list(PAIR_COLUMNS),
+        features=array_features(shapes, prompt="string", row="int64"),
+    )
+    return encoded.with_format("torch")

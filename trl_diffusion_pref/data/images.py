@@ -1,0 +1,72 @@
+"""Decodes a pair's images and brings both to the training resolution with the same crop and flip, never stretched."""
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+class ImageProblem(Exception):
+    """A cell does not hold a usable image; the message completes "row 3, column 'chosen': ..."."""
+
+
+def decode_image(cell: Any) -> Image.Image:
+    """Decodes one cell of an image column.
+
+    Args:
+        cell: A PIL image, or what `datasets.Image(decode=False)` gives: a dictionary with `bytes` or a `path`.
+
+    Returns:
+        RGB image, EXIF rotation applied, transparency composited on white.
+
+    Raises:
+        ImageProblem: Nothing there, not an image, or a truncated one.
+    """
+    if cell is None:
+        raise ImageProblem("the image is None")
+    if not isinstance(cell, Image.Image):
+        data, path = cell.get("bytes"), cell.get("path")
+        if data is None and path is None:
+            raise ImageProblem("the image has neither bytes nor a path")
+        try:
+            with Image.open(io.BytesIO(data) if data is not None else path) as opened:
+                opened.load()
+                cell = opened.copy()
+        except FileNotFoundError as error:
+            raise ImageProblem(f"no file at {path}") from error
+        except Image.UnidentifiedImageError as error:
+            raise ImageProblem("the bytes are not an image that PIL knows") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ImageProblem(f"the image cannot be decoded ({error})") from error
+    image = ImageOps.exif_transpose(cell)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def prepare_image(image: Image.Image, resolution: int, crop_at: tuple[float, float], flip: bool) -> Tensor:
+    """Scales the short side to `resolution`, cuts a square, optionally mirrors it.
+
+    Args:
+        image: RGB.
+        resolution: Side length of the result in pixels.
+        crop_at: Where the square lies in what can be cut away, horizontally and vertically, each in [0, 1]; 0.5 is the
+            centre. The same value gives corresponding crops of two images of different shapes.
+        flip: Whether to mirror left to right.
+
+    Returns:
+        `(3, resolution, resolution)` float32 in [-1, 1].
+    """
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = round((width - resolution) * crop_at[0]), round((height - resolution) * crop_at[1])
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0

@@ -1,0 +1,53 @@
+"""Stable Diffusion 1.x: one CLIP text encoder, a UNet, an `AutoencoderKL`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from .base import Family, encode_with_autoencoder_kl
+
+
+class StableDiffusionFamily(Family):
+    """`StableDiffusionPipeline`."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    denoiser_name = "unet"
+    encoder_names = ("vae", "text_encoder")
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def resolution(self, pipeline: StableDiffusionPipeline) -> int:
+        return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            prompt_embeds, _ = pipeline.encode_prompt(
+                list(prompts),
+                device=pipeline.text_encoder.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )
+        return {"prompt_embeds": prompt_embeds.float()}
+
+    def encode_images(self, pipeline: StableDiffusionPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        return denoiser(
+            x_t,
+            timestep,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
+            return_dict=False,
+        )[0]
+
+    def save_lora(
+        self,
+        pipeline: StableDiffusionPipeline,
+        folder: str | Path,
+        state_dict: dict[str, Tensor],
+        metadata: dict[str, Any],
+    ) -> None:
+        pipeline.save_lora_weights(folder, unet_lora_layers=state_dict, unet_lora_adapter_metadata=metadata)
