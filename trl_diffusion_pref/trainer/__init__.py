@@ -1,0 +1,1 @@
+"""Trainers: transformers' loop, one file per algorithm on a common base."""

@@ -1,0 +1,124 @@
+"""Options that all trainers of this package share, on top of TRL's and transformers'."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DiffusionPreferenceConfig(_BaseConfig):
+    r"""
+    Options shared by all trainers of this package. See [`~transformers.TrainingArguments`] for the rest.
+
+    > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder, such as
+            `{"variant": "fp16", "revision": "main"}`. Weights are loaded in float32 unless `torch_dtype` is given
+            here.
+
+    > Parameters that control the data
+
+        resolution (`int`, *optional*):
+            Side length in pixels of the square that every image is scaled and cropped to. Default: what the pipeline
+            generates.
+        crop (`str`, *optional*, defaults to `"center"`):
+            Where the square is cut from an image that is not one: `"center"`, or `"random"`, one relative place for
+            both images of a pair, drawn once at encoding.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Mirror a pair with probability 1/2, both images alike, decided once at encoding.
+        latent_sampling (`str`, *optional*, defaults to `"sample"`):
+            `"sample"` draws latents from the VAE's posterior at every step, as the authors' released code does;
+            `"mean"` takes its mean.
+        prompt_dropout (`float`, *optional*, defaults to `0.0`):
+            Share of pairs, in [0, 1), that are trained with the empty prompt. One decision for both images of a pair.
+        encode_batch_size (`int`, *optional*, defaults to `8`):
+            Pairs that the VAE, and prompts that the text encoders, take at once before training.
+        dataset_cache_dir (`str`, *optional*):
+            Folder of encoded data sets. Default: `trl_diffusion_pref` in the cache folder of `datasets`.
+
+    > [!NOTE]
+    > Defaults that differ from [`~transformers.TrainingArguments`]: `logging_steps=10`,
+    > `activation_checkpointing=True`, `bf16=True` on CUDA devices that support it and False elsewhere (so that the
+    > default runs on a CPU machine), `dataloader_pin_memory` only where there is CUDA, `lr_scheduler_type="constant"`,
+    > `ddp_find_unused_parameters=False`, `data_seed=seed` (without which a resumed run and a second process would
+    > shuffle differently).
+    """
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder."},
+    )
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": "Side length in pixels of the training images. Default: what the pipeline generates."},
+    )
+    crop: str = field(
+        default="center",
+        metadata={
+            "help": "Where the square is cut from an image that is not one, the same for both images of a pair.",
+            "choices": ["center", "random"],
+        },
+    )
+    random_flip: bool = field(
+        default=False,
+        metadata={"help": "Mirror a pair with probability 1/2, both images alike, decided once at encoding."},
+    )
+    latent_sampling: str = field(
+        default="sample",
+        metadata={
+            "help": "`sample` draws latents from the VAE's posterior at every step, `mean` takes its mean.",
+            "choices": ["sample", "mean"],
+        },
+    )
+    prompt_dropout: float = field(
+        default=0.0, metadata={"help": "Share of pairs, in [0, 1), that are trained with the empty prompt."}
+    )
+    encode_batch_size: int = field(
+        default=8, metadata={"help": "Pairs or prompts that are encoded at once before training."}
+    )
+    dataset_cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of encoded data sets. Default: `trl_diffusion_pref` in the cache folder of `datasets`."
+        },
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to use bfloat16 mixed precision. Default: True on CUDA devices that support it and when "
+            "`fp16` is not set, False elsewhere."
+        },
+    )
+    # TRL's default of True would go through transformers' deprecated name; see __post_init__.
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Deprecated alias of `activation_checkpointing`, which is on by default."}
+    )
+    dataloader_pin_memory: bool | None = field(
+        default=None, metadata={"help": "Whether to pin memory in data loaders. Default: where there is CUDA."}
+    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
+
+    def __post_init__(self) -> None:
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = cuda
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
+        super().__post_init__()
+        for name in ("crop", "latent_sampling"):
+            value, choices = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}.")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution={self.resolution} pixels: it must be positive.")
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout={self.prompt_dropout} is outside [0, 1).")
+        if self.encode_batch_size < 1:
+            raise ValueError(f"encode_batch_size={self.encode_batch_size}: it must be at least 1.")

@@ -1,0 +1,532 @@
+"""What every trainer of this package does with TRL's and transformers' loop: nothing here knows an algorithm.
+
+transformers' `Trainer` was made for language models. Each override below is there because a diffusers model breaks the
+inherited behaviour, several times without an error; the comment at each says how.
+"""
+
+import copy
+import os
+import random
+import shutil
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from diffusers.models.normalization import RMSNorm
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import HubStrategy
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..data import on_device
+from ..families import family_for
+from ..fingerprint import weights_fingerprint
+from ..hub import export_lora, save_denoiser, write_model_card
+from ..noise import noise_process
+from .base_config import DiffusionPreferenceConfig
+from .checkpoints import (
+    RUN_RECORD,
+    check_same_base,
+    checkpoint_problem,
+    last_complete_checkpoint,
+    write_run_record,
+)
+from .denormals import flush_denormals
+
+
+logger = get_logger(__name__)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the weights became NaN or infinite; the message names step, rows and the last good checkpoint."""
+
+
+class DiffusionPreferenceTrainer(_BaseTrainer):
+    """Base of the trainers: pipeline, adapters, encoding, saving, resuming.
+
+    Subclasses set `config_class` and implement `encode_dataset`, `make_collator` and `sample_values`.
+    """
+
+    config_class: ClassVar[type[DiffusionPreferenceConfig]]
+    # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        args: DiffusionPreferenceConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        *,
+        data_collator: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        args = self._own_args(args, model)
+        self._check_datasets(train_dataset, eval_dataset)
+        self.pipeline = self._load_pipeline(model, args)
+        self.family = family_for(self.pipeline)
+        self.noise_process = noise_process(self.pipeline.scheduler)
+        base = self.family.denoiser(self.pipeline)
+        self._base_model = self._hub_id(model)
+        self._base_fingerprint = weights_fingerprint(base)
+        check_same_base(Path(args.output_dir), self._base_fingerprint)
+
+        denoiser = self._make_trainable(base, peft_config)
+        self._denoiser_dtype = base.dtype
+        self._apply_gradient_checkpointing(base, args)
+
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._writing_checkpoint = False
+        streaming = any(
+            isinstance(dataset, IterableDataset) for dataset in self._all_datasets(train_dataset, eval_dataset)
+        )
+        if streaming:
+            for encoder in self.family.encoders(self.pipeline):
+                encoder.to(args.device).eval()
+        # The first process fills the cache, the others read it.
+        with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
+            self._prepare_encoding(args, train_dataset, eval_dataset)
+            encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
+            encoded_eval = self._encode_eval(eval_dataset, args)
+
+        super().__init__(
+            model=denoiser,
+            args=args,
+            data_collator=data_collator or self.make_collator(),
+            train_dataset=encoded_train,
+            eval_dataset=encoded_eval,
+            compute_metrics=self._mean_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+
+    # ---- For subclasses ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_dataset(self, dataset: Any, what: str) -> None:
+        """Raises where a data set cannot be trained on."""
+
+    @abstractmethod
+    def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        """Called once before `encode_dataset`, with the encoders on their device."""
+
+    @abstractmethod
+    def encode_dataset(
+        self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
+    ) -> Dataset | IterableDataset:
+        """Rows as the collator wants them, with a column `row`."""
+
+    @abstractmethod
+    def make_collator(self) -> Callable:
+        """The default collator of encoded rows."""
+
+    @abstractmethod
+    def sample_values(
+        self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """Per-sample values of a batch.
+
+        Args:
+            model: Possibly wrapped; call it through `self.family.predict`.
+            inputs: A collated batch with `row`.
+            keys: One key per sample for `randomness.generator_for`.
+
+        Returns:
+            `(B,)` float32 tensors: `loss` with gradient, and the metrics by their logged names.
+        """
+
+    @abstractmethod
+    def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
+        """One key per sample of the batch."""
+
+    # ---- Construction --------------------------------------------------------------------------------------------
+
+    def _own_args(self, args: DiffusionPreferenceConfig | None, model: Any) -> DiffusionPreferenceConfig:
+        """A copy that can be changed without the caller noticing."""
+        if args is None:
+            name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+            args = self.config_class(output_dir=f"{name}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
+            )
+        args = copy.copy(args)
+        # Without a data seed, resuming and several processes shuffle differently.
+        if args.data_seed is None:
+            args.data_seed = args.seed
+        # accelerate looks for unused parameters in every model that is not transformers' own, at a cost per step.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        return args
+
+    def _load_pipeline(self, model: Any, args: DiffusionPreferenceConfig) -> DiffusionPipeline:
+        if not isinstance(model, (str, os.PathLike)):
+            if args.model_init_kwargs:
+                raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
+            return model
+        options = {"torch_dtype": torch.float32, **(args.model_init_kwargs or {})}
+        return DiffusionPipeline.from_pretrained(model, **options)
+
+    def _hub_id(self, model: Any) -> str | None:
+        """The base's Hub id; None where it came from a local folder."""
+        name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
+        return name if name and not os.path.isdir(name) else None
+
+    def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
+        """Freezes everything, then makes the denoiser or a new adapter in it trainable."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+            raise ValueError(
+                f"The pipeline's {self.family.denoiser_name} already carries an adapter, from an earlier trainer or "
+                "load_lora_weights. Load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() and "
+                "pipeline.unload_lora_weights())."
+            )
+        if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)
+            if peft_config.target_modules is None:
+                peft_config.target_modules = list(self.family.lora_target_modules)
+            return get_peft_model(base, peft_config)
+        if base.dtype == torch.float16:
+            raise ValueError(
+                f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
+                "overflows. For full fine-tuning load them in float32 (torch_dtype=torch.float32) and set bf16=True "
+                "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
+            )
+        if base.dtype == torch.bfloat16:
+            logger.warning(
+                f"Full fine-tuning of a bfloat16 {self.family.denoiser_name}: updates below 1/256 of a weight are "
+                "rounded away. Load it in float32 and set bf16=True unless memory forbids."
+            )
+        return base.requires_grad_(True)
+
+    def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
+        """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
+        if args.activation_checkpointing or args.gradient_checkpointing:
+            base.enable_gradient_checkpointing()
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            setattr(args, name, False)
+
+    @staticmethod
+    def _all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
+        evaluation = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        return [dataset for dataset in [train_dataset, *evaluation] if dataset is not None]
+
+    def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
+        self.check_dataset(train_dataset, "train_dataset")
+        self._check_eval(eval_dataset)
+
+    def _check_eval(self, eval_dataset: Any) -> None:
+        if isinstance(eval_dataset, dict):
+            for name, dataset in eval_dataset.items():
+                self.check_dataset(dataset, f"eval_dataset[{name!r}]")
+        elif eval_dataset is not None:
+            self.check_dataset(eval_dataset, "eval_dataset")
+
+    def _encode_eval(self, eval_dataset: Any, args: DiffusionPreferenceConfig) -> Any:
+        if isinstance(eval_dataset, dict):
+            return {
+                name: self.encode_dataset(dataset, args, f"eval_dataset[{name!r}]")
+                for name, dataset in eval_dataset.items()
+            }
+        return eval_dataset if eval_dataset is None else self.encode_dataset(eval_dataset, args, "eval_dataset")
+
+    @staticmethod
+    def _cache_folder(args: DiffusionPreferenceConfig) -> Path:
+        folder = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads `model.config.model_type`, which diffusers models lack, and runs only where CI is unset."""
+
+    # ---- Training ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that was written whole. One that a killed process
+        left unfinished is named in a warning; given by path it is refused.
+
+        Raises:
+            ValueError: No complete checkpoint to resume from, or one of another base model.
+            NonFiniteLossError: NaN or infinite loss.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, incomplete = last_complete_checkpoint(Path(self.args.output_dir))
+            if incomplete:
+                logger.warning(f"Passing over unfinished checkpoints: {', '.join(incomplete)}.")
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in {self.args.output_dir} to resume from. Call train() without "
+                    "resume_from_checkpoint to start anew."
+                )
+        elif resume_from_checkpoint:
+            problem = checkpoint_problem(Path(resume_from_checkpoint))
+            if problem:
+                raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
+            check_same_base(Path(resume_from_checkpoint).parent, self._base_fingerprint)
+        with flush_denormals(self.args.device):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of a batch; keeps its metrics for the next log."""
+        values = self.sample_values(model, inputs, self.random_keys(inputs, training=model.training))
+        loss = values["loss"].mean()
+        if model.training:
+            self._record(values, inputs["row"])
+        return (loss, values) if return_outputs else loss
+
+    def _record(self, values: dict[str, Tensor], rows: Tensor) -> None:
+        """Averages a batch's values over all processes; stops everywhere at once if a loss is not finite."""
+        names = list(values)
+        gathered = self.accelerator.gather(torch.stack([values[name].detach().float() for name in names], dim=1))
+        losses = gathered[:, names.index("loss")]
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            bad = sorted(set(self.accelerator.gather(rows)[~finite].tolist()))
+            self._stop_non_finite(f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset")
+        for name, mean in zip(names, gathered.mean(dim=0).tolist(), strict=True):
+            if name != "loss":  # transformers logs it
+                self._metrics[name].append(mean)
+
+    def _stop_non_finite(self, what: str) -> None:
+        good, _ = last_complete_checkpoint(Path(self.args.output_dir))
+        raise NonFiniteLossError(
+            f"At step {self.state.global_step + 1} {what}. Training stopped. Last good checkpoint: "
+            f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics' means since the last log to training logs."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The forward's arguments are not the data set's columns, and columns that are not named here are dropped."""
+        if self._signature_columns is None:
+            dataset = self.train_dataset
+            self._signature_columns = list(dataset.column_names or dataset.features)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The inherited rule goes by names and decays GroupNorm weights called `norm1`; this one goes by types."""
+        norms = [nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm]
+        return get_parameter_names(model, norms, [r"bias"])
+
+    # ---- Evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; see [`~transformers.Trainer.evaluate`]. A data set given here is encoded first, like the others.
+
+        Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+            # The loop calls this again for each of several data sets, which are encoded by then.
+            if not all("row" in (getattr(dataset, "column_names", None) or ()) for dataset in given):
+                self._check_eval(eval_dataset)
+                with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
+                    self._prepare_encoding(self.args, None, eval_dataset)
+                    eval_dataset = self._encode_eval(eval_dataset, self.args)
+        # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
+        with torch.random.fork_rng(enabled=True), _restored_numpy_and_python():
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Per-sample values as "predictions", so that the loop gathers them and drops the padding of the last batch.
+
+        The inherited step finds no labels and would return no loss at all.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values = self.sample_values(model, inputs, self.random_keys(inputs, training=False))
+        self._evaluated_names = list(values)
+        return None, torch.stack([values[name].float() for name in values], dim=1), inputs["row"]
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        means = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
+        return dict(zip(self._evaluated_names, means.tolist(), strict=True))
+
+    # ---- Saving and loading --------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        bad = [name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        if bad:
+            self._stop_non_finite(f"the weights of {bad[0]} are not finite, so no checkpoint was written")
+        self._writing_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Full training: a diffusers folder (in checkpoints the denoiser's alone). LoRA: PEFT's files and diffusers'.
+
+        The inherited method writes bare weights without a config, and for LoRA only files that `load_lora_weights`
+        passes over in silence.
+        """
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self._unwrapped, PeftModel):
+            self._unwrapped.save_pretrained(folder, state_dict=state_dict)
+            export_lora(self.pipeline, self.family, self._unwrapped, folder, state_dict)
+        elif self._writing_checkpoint:
+            save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
+        else:
+            self._save_pipeline(folder, state_dict)
+        write_run_record(folder, self._run_record())
+        torch.save(self.args, folder / "training_args.bin")
+        # Last, because PEFT writes a card of its own.
+        self._write_card(folder, Path(self.args.output_dir).name if self._writing_checkpoint else folder.name)
+
+    def _save_pipeline(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The whole pipeline; `model_index.json`, without which it does not load, comes last."""
+        (folder / self.pipeline.config_name).unlink(missing_ok=True)
+        self.pipeline.save_pretrained(folder)
+        if state_dict is not None:
+            save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _run_record(self) -> dict[str, Any]:
+        return {
+            "trainer": type(self).__name__,
+            "base_model": self._base_model,
+            "base_fingerprint": self._base_fingerprint,
+            "pipeline_class": self.family.pipeline_class,
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads diffusers' file names, which the inherited method does not find."""
+        if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        self._load_denoiser(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
+        if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        self._load_denoiser(Path(self.state.best_model_checkpoint))
+
+    def _load_denoiser(self, checkpoint: Path) -> None:
+        denoiser = self._unwrapped
+        folder = checkpoint / self.family.denoiser_name
+        if not folder.is_dir():
+            raise ValueError(f"{checkpoint} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
+        shards = sorted(folder.glob("*.safetensors"))
+        state_dict = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+        denoiser.load_state_dict(state_dict, strict=True)
+
+    # ---- Hub -----------------------------------------------------------------------------------------------------
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The inherited method copies files by names that a diffusers checkpoint lacks, and so pushes no weights."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
+        if isinstance(self._unwrapped, PeftModel):
+            for file in [*checkpoint.glob("adapter_*"), checkpoint / "pytorch_lora_weights.safetensors"]:
+                shutil.copy(file, output_dir / file.name)
+        else:
+            if not (output_dir / self.pipeline.config_name).is_file():
+                self._save_pipeline(output_dir)
+            name = self.family.denoiser_name
+            shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
+        shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
+        self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes `README.md` into the output folder: what was trained, with which options, how to sample from it."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), model_name, dataset_name, tags)
+
+    def _write_card(
+        self,
+        folder: Path,
+        model_name: str | None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        own = set(self.config_class.__dataclass_fields__) - set(DiffusionPreferenceConfig.__dataclass_fields__)
+        shown = [
+            "learning_rate",
+            "lr_scheduler_type",
+            "optim",
+            "max_grad_norm",
+            "seed",
+            "prompt_dropout",
+            *sorted(own),
+        ]
+        options = {name: getattr(self.args, name) for name in shown}
+        options = {name: getattr(value, "value", value) for name, value in options.items()}
+        options["pairs per step"] = (
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        options["steps"] = self.state.global_step
+        write_model_card(
+            folder,
+            method=self._name,
+            paper=self._paper,
+            pipeline=self.pipeline,
+            base_model=self._base_model,
+            base_fingerprint=self._base_fingerprint,
+            lora=isinstance(self._unwrapped, PeftModel),
+            options=options,
+            model_name=model_name,
+            repo_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *tags],
+        )
+
+
+@contextmanager
+def _restored_numpy_and_python() -> Iterator[None]:
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)

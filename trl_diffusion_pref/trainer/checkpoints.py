@@ -1,0 +1,74 @@
+"""Which checkpoints in a folder are whole, and of which base model they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+RUN_RECORD = "trl_diffusion_pref.json"
+# transformers writes this file last.
+_LAST_WRITTEN = "trainer_state.json"
+
+
+def write_run_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes what a folder's weights were trained from."""
+    (folder / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """The record, or None where there is none."""
+    file = folder / RUN_RECORD
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest step first."""
+    found = [
+        (int(step), folder)
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and folder.is_dir()
+    ]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        json.loads((folder / _LAST_WRITTEN).read_text())
+    except FileNotFoundError:
+        return f"{_LAST_WRITTEN}, which is written last, is missing, so the checkpoint is unfinished"
+    except json.JSONDecodeError:
+        return f"{_LAST_WRITTEN} is cut off, so the checkpoint is unfinished"
+    if read_run_record(folder) is None:
+        return f"{RUN_RECORD} is missing, so it was not written by this package"
+    return None
+
+
+def last_complete_checkpoint(output_dir: Path) -> tuple[str | None, list[str]]:
+    """The newest whole checkpoint, and the names of newer ones that are not."""
+    incomplete = []
+    for folder in checkpoints(output_dir):
+        if checkpoint_problem(folder) is None:
+            return str(folder), incomplete
+        incomplete.append(folder.name)
+    return None, incomplete
+
+
+def check_same_base(output_dir: Path, base_fingerprint: str) -> None:
+    """Refuses an output folder with checkpoints of another base model.
+
+    Raises:
+        ValueError: Names the checkpoint and both bases.
+    """
+    for folder in checkpoints(output_dir):
+        record = read_run_record(folder)
+        if record is not None and record["base_fingerprint"] != base_fingerprint:
+            raise ValueError(
+                f"{folder} was trained from another base model ({record['base_model'] or 'a local pipeline'}, "
+                f"fingerprint {record['base_fingerprint']}; the one passed has {base_fingerprint}). Give this run "
+                "another output_dir, or remove the old checkpoints."
+            )

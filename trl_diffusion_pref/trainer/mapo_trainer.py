@@ -1,0 +1,48 @@
+"""MaPO: margin-aware preference optimisation, without a reference model."""
+
+from torch import Tensor
+
+from ..losses import mapo_loss, mapo_reward
+from .mapo_config import MaPOConfig
+from .pairwise_trainer import PairwiseTrainer
+
+
+class MaPOTrainer(PairwiseTrainer):
+    """Trainer for MaPO (Margin-aware Preference Optimization for Aligning Diffusion Models without Reference).
+
+    Arguments are those of [`PairwiseTrainer`], with `args` a [`MaPOConfig`].
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from trl_diffusion_pref import MaPOConfig, MaPOTrainer
+
+    trainer = MaPOTrainer(
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        args=MaPOConfig(output_dir="mapo", max_steps=2000),
+        train_dataset=load_dataset("imagefolder", data_dir="pairs", split="train"),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    config_class = MaPOConfig
+    _tag_names = ["trl", "trl-diffusion-pref", "mapo"]
+    _name = "MaPO"
+    _paper = {
+        "title": "Margin-aware Preference Optimization for Aligning Diffusion Models without Reference",
+        "id": "2406.06424",
+    }
+
+    def pair_loss(self, chosen_error: Tensor, rejected_error: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        options = {
+            "beta": self.args.beta,
+            "snr_value": self.args.snr_value,
+            "num_train_timesteps": self.noise_process.num_train_timesteps,
+            "loss_type": self.args.loss_type,
+        }
+        loss = mapo_loss(chosen_error, rejected_error, **options)
+        chosen, rejected = (mapo_reward(error.detach(), **options) for error in (chosen_error, rejected_error))
+        return loss, {"rewards/chosen": chosen, "rewards/rejected": rejected}
