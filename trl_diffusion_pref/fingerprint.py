@@ -21,8 +21,8 @@ def weights_fingerprint(module: nn.Module) -> str:
     if config is not None:
         values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         # Where the weights came from does not change what they compute.
-        described = {key: str(value) for key, value in values.items() if not key.startswith("_")}
-        digest.update(json.dumps(described, sort_keys=True).encode())
+        described = {key: value for key, value in values.items() if not key.startswith("_")}
+        digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)

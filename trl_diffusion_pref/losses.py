@@ -27,6 +27,20 @@ def likelihood_deficit(error: Tensor) -> Tensor:
     Returns:
         Same shape, float32, in [0, 1), increasing, with derivative 1/2 at 0.
     """
+    near, series, large = _split(error)
+    # x e^-x / (1 - e^-x) is the same fraction without an overflowing e^x
+    direct = 1 - large * torch.exp(-large) / -torch.expm1(-large)
+    return torch.where(near, series, direct)
+
+
+def log_phi(error: Tensor) -> Tensor:
+    """`log(x / (e^x - 1))`, finite for every float32 x >= 0, to full relative precision near 0."""
+    near, series, large = _split(error)
+    return torch.where(near, torch.log1p(-series), torch.log(large) - large - torch.log1p(-torch.exp(-large)))
+
+
+def _split(error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the series holds, its value there, and arguments for the direct formula elsewhere."""
     x = error.float()
     near = x <= _SERIES_UP_TO
     # Both branches are evaluated, so each gets an argument at which its derivative is finite.
@@ -35,11 +49,7 @@ def likelihood_deficit(error: Tensor) -> Tensor:
     tail = torch.zeros_like(x)
     for coefficient in reversed(_BERNOULLI):
         tail = (tail + coefficient) * square
-    series = small / 2 - tail
-    large = torch.where(near, torch.full_like(x, 2 * _SERIES_UP_TO), x)
-    # x e^-x / (1 - e^-x) is the same fraction without an overflowing e^x
-    direct = 1 - large * torch.exp(-large) / -torch.expm1(-large)
-    return torch.where(near, series, direct)
+    return near, small / 2 - tail, torch.where(near, torch.full_like(x, 2 * _SERIES_UP_TO), x)
 
 
 def mapo_reward(
@@ -60,8 +70,7 @@ def mapo_reward(
         the difference and keeps the digits). `"mapo_v2"`: `phi(l)^beta`, from 1 down to 0.
     """
     if loss_type == "mapo_v2":
-        # log phi = log(1 - deficit) keeps the digits that phi itself loses near 1
-        return torch.exp(beta * torch.log1p(-likelihood_deficit(error)))
+        return torch.exp(beta * log_phi(error))
     return -num_train_timesteps * likelihood_deficit(snr_value * error.float())
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# diffusers writes 2^-24 where rescaled betas make alphas_cumprod zero; Stable Diffusion's smallest value is 0.0047.
+_ZERO_SNR = 1e-6
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -79,14 +81,14 @@ class VariancePreserving(NoiseProcess):
             appendix D) or "sample" (target: x0).
 
     Raises:
-        ValueError: Unknown prediction type, or epsilon prediction with abar = 0 somewhere (zero terminal SNR), where
-            the noise says nothing about x0.
+        ValueError: Unknown prediction type, or epsilon prediction with abar near 0 somewhere (zero terminal SNR),
+            where the noise says nothing about x0.
     """
 
     def __init__(self, alphas_cumprod: Tensor, prediction_type: str = "epsilon") -> None:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}.")
-        if prediction_type == "epsilon" and bool((alphas_cumprod <= 0).any()):
+        if prediction_type == "epsilon" and bool((alphas_cumprod < _ZERO_SNR).any()):
             raise ValueError(
                 "The scheduler has zero terminal SNR (alphas_cumprod reaches 0) but prediction_type='epsilon', which "
                 "says nothing about the image there. Use a scheduler with prediction_type 'v_prediction' or 'sample', "

@@ -13,10 +13,10 @@ class PairCollator:
     """Turns rows of an encoded data set into tensors.
 
     Args:
-        prompts: Table of prompt embeddings; None for streamed data, whose rows carry their own.
+        prompts: Table of prompt embeddings, for rows that do not carry their own as streamed ones do.
     """
 
-    def __init__(self, prompts: PromptTable | None) -> None:
+    def __init__(self, prompts: PromptTable) -> None:
         self.prompts = prompts
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -28,10 +28,9 @@ class PairCollator:
         """
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in LATENT_COLUMNS}
         batch["row"] = torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)
-        if self.prompts is not None:
+        streamed = [name for name in rows[0] if name.startswith(CONDITIONING_PREFIX)]
+        batch |= {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in streamed}
+        if not streamed:
             conditioning = self.prompts([row["prompt"] for row in rows])
             batch |= {CONDITIONING_PREFIX + name: tensor for name, tensor in conditioning.items()}
-        else:
-            names = [name for name in rows[0] if name.startswith(CONDITIONING_PREFIX)]
-            batch |= {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
         return batch

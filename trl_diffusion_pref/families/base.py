@@ -76,7 +76,7 @@ class Family(ABC):
 
 def encode_with_autoencoder_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """`encode_images` for pipelines with an `AutoencoderKL`: `(z - shift_factor) * scaling_factor`."""
-    with torch.inference_mode():
+    with torch.no_grad():
         posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
     shift = vae.config.get("shift_factor") or 0.0
     scale = vae.config.scaling_factor

@@ -23,7 +23,7 @@ class StableDiffusionFamily(Family):
         return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        with torch.no_grad():
             prompt_embeds, _ = pipeline.encode_prompt(
                 list(prompts),
                 device=pipeline.text_encoder.device,

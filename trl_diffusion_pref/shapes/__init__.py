@@ -8,6 +8,7 @@ from .drawing import COLOURS, IMAGE_SIZE, SHAPES, STYLES, Scene, draw, prompts, 
 from .judge import Summary, Verdict, judge, summarize
 from .pairs import preference_pairs
 from .pipeline import load_pipeline, pipeline_folder, sample
+from .report import comparison_picture, comparison_table
 
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Scene",
     "Summary",
     "Verdict",
+    "comparison_picture",
+    "comparison_table",
     "draw",
     "judge",
     "load_pipeline",

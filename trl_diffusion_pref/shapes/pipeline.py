@@ -34,9 +34,8 @@ def load_pipeline(base: str = "mixed", dtype: torch.dtype = torch.float32) -> St
         raise ValueError(f"base={base!r} is none of {', '.join(BASES)}.")
     components = {}
     if base == "filled_only":
-        components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", torch_dtype=dtype)
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(), torch_dtype=dtype, **components)
-    pipeline.set_progress_bar_config(disable=True)
+        components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", dtype=dtype)
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=dtype, **components)
     return pipeline
 
 
@@ -51,8 +50,9 @@ def sample(
 ) -> list[Image.Image]:
     """Draws one picture per prompt with DDIM, picture i from a generator seeded with (seed, i).
 
-    The pipeline's own scheduler is put back afterwards.
+    The pipeline's own scheduler is put back afterwards; its progress bar is switched off.
     """
+    pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
     images: list[Image.Image] = []

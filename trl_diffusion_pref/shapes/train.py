@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .drawing import IMAGE_SIZE, draw, prompts, random_scene
+from .pipeline import pipeline_folder
 
 
 OUTLINED_SHARE = 0.15
@@ -27,14 +28,20 @@ _PROMPT_LENGTH = 16
 _PROMPT_DROPOUT = 0.1
 
 
+def train_tokenizer() -> CLIPTokenizer:
+    """A byte-pair tokenizer in which each word of the captions is one token."""
+    # Single characters are in the corpus so that words outside the captions still become tokens.
+    corpus = [*prompts(), *string.ascii_lowercase, *string.digits, *string.punctuation]
+    start = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=_PROMPT_LENGTH)
+    return start.train_new_from_iterator(corpus, vocab_size=1000, show_progress=False)
+
+
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """The untrained pipeline: Stable Diffusion's classes, small, with random weights."""
     torch.manual_seed(seed)
-    # Single characters are in the corpus so that words outside the captions still become tokens.
-    corpus = [*prompts(), *string.ascii_lowercase, *string.digits, *string.punctuation]
-    tokenizer = CLIPTokenizer(
-        vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=_PROMPT_LENGTH
-    ).train_new_from_iterator(corpus, vocab_size=1000, show_progress=False)
+    # Training a tokenizer breaks ties at random, so the shipped one is used again: same seed, same result.
+    shipped = pipeline_folder() / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(shipped) if shipped.is_dir() else train_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

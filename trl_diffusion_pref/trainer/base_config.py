@@ -16,7 +16,7 @@ class DiffusionPreferenceConfig(_BaseConfig):
 
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder, such as
-            `{"variant": "fp16", "revision": "main"}`. Weights are loaded in float32 unless `torch_dtype` is given
+            `{"variant": "fp16", "revision": "main"}`. Weights are loaded in float32 unless `dtype` is given
             here.
 
     > Parameters that control the data

@@ -179,7 +179,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             if args.model_init_kwargs:
                 raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
             return model
-        options = {"torch_dtype": torch.float32, **(args.model_init_kwargs or {})}
+        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
         return DiffusionPipeline.from_pretrained(model, **options)
 
     def _hub_id(self, model: Any) -> str | None:
@@ -206,7 +206,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if base.dtype == torch.float16:
             raise ValueError(
                 f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
-                "overflows. For full fine-tuning load them in float32 (torch_dtype=torch.float32) and set bf16=True "
+                "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
                 "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
             )
         if base.dtype == torch.bfloat16:
@@ -282,8 +282,20 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             if problem:
                 raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
             check_same_base(Path(resume_from_checkpoint).parent, self._base_fingerprint)
+        self._undo_preparation_by_evaluation()
         with flush_denormals(self.args.device):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _undo_preparation_by_evaluation(self) -> None:
+        """Lets training prepare the model again after an evaluation.
+
+        An evaluation before training prepares the model without DDP, and accelerate prepares a model only once: the
+        processes would then train apart without exchanging gradients, and nothing would be raised.
+        """
+        prepared = getattr(self.model, "_is_accelerate_prepared", False)
+        if prepared and self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
 
     def compute_loss(
         self,

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+from conftest import RESOLUTION, build_tiny_pipeline, image_pairs, png
+from datasets import Dataset
+from PIL import Image
+
+from trl_diffusion_pref.data import (
+    CONDITIONING_PREFIX,
+    EncodingOptions,
+    PairCollator,
+    encode_pairs,
+    encode_prompt_table,
+    on_device,
+    stream_pairs,
+)
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.shapes import preference_pairs
+
+
+def encode(dataset, pipeline, cache, **options) -> Dataset:
+    options = EncodingOptions(**{"resolution": RESOLUTION, **options})
+    return encode_pairs(
+        dataset, pipeline, family_for(pipeline), options, what="train_dataset", cache_folder=cache, batch_size=3
+    )
+
+
+class CountedCalls:
+    """Counts the samples that a module's method sees."""
+
+    def __init__(self, monkeypatch, module, method):
+        self.samples, original = 0, getattr(module, method)
+
+        def counted(batch, *args, **kwargs):
+            self.samples += len(batch)
+            return original(batch, *args, **kwargs)
+
+        monkeypatch.setattr(module, method, counted)
+
+
+def noise_image(seed: int, size: tuple[int, int] = (RESOLUTION, RESOLUTION)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
+
+
+def test_encoded_posterior_is_the_vae_s(tiny_pipeline, tmp_path):
+    dataset = preference_pairs(4)
+    encoded = encode(dataset, tiny_pipeline, tmp_path)
+    assert [int(row["row"]) for row in encoded] == [0, 1, 2, 3]
+    for row in (0, 3):
+        for column in ("chosen", "rejected"):
+            image = dataset[row][column].resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS)
+            pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+            with torch.inference_mode():
+                posterior = tiny_pipeline.vae.encode(pixels).latent_dist
+            torch.testing.assert_close(encoded[row][f"{column}_mean"], posterior.mean[0] * 0.7, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(encoded[row][f"{column}_std"], posterior.std[0] * 0.7, rtol=1e-4, atol=1e-5)
+
+
+def test_each_image_is_encoded_once_and_found_again(tiny_pipeline, tmp_path, monkeypatch):
+    calls = CountedCalls(monkeypatch, tiny_pipeline.vae, "encode")
+    first = encode(preference_pairs(7), tiny_pipeline, tmp_path)
+    probe = 1  # one call asks for the latents' shape
+    assert calls.samples == 2 * 7 + probe
+    again = encode(preference_pairs(7), tiny_pipeline, tmp_path)
+    assert calls.samples == 2 * 7 + 2 * probe
+    assert torch.equal(first[6]["chosen_mean"], again[6]["chosen_mean"])
+
+
+@pytest.mark.parametrize("change", ["weights", "resolution", "crop", "rows"])
+def test_the_cache_is_not_used_for_anything_else(change, tiny_pipeline, tmp_path, monkeypatch):
+    encode(preference_pairs(2), tiny_pipeline, tmp_path)
+    pipeline = build_tiny_pipeline(seed=1) if change == "weights" else tiny_pipeline
+    calls = CountedCalls(monkeypatch, pipeline.vae, "encode")
+    options = {"resolution": {"resolution": 8}, "crop": {"crop": "random"}}.get(change, {})
+    encode(preference_pairs(2, seed=3 if change == "rows" else 0), pipeline, tmp_path, **options)
+    assert calls.samples == 2 * 2 + 1
+
+
+def test_each_distinct_prompt_is_encoded_once(tiny_pipeline, tmp_path, monkeypatch):
+    family = family_for(tiny_pipeline)
+    prompts = ["a red circle", "a blue square", "a red circle"] * 5
+    seen = []
+    original = tiny_pipeline.encode_prompt
+    monkeypatch.setattr(
+        tiny_pipeline, "encode_prompt", lambda batch, **options: (seen.extend(batch), original(batch, **options))[1]
+    )
+    table = encode_prompt_table(prompts, tiny_pipeline, family, cache_folder=tmp_path, batch_size=2)
+    assert sorted(seen) == ["", "", "a blue square", "a red circle"]  # the empty one twice: it gives the shape
+    looked_up = table(["a blue square", "a red circle", "a blue square"])["prompt_embeds"]
+    direct = family.encode_prompts(tiny_pipeline, ["a blue square", "a red circle", "a blue square"])["prompt_embeds"]
+    torch.testing.assert_close(looked_up, direct, rtol=1e-5, atol=1e-6)
+    seen.clear()
+    encode_prompt_table(prompts, tiny_pipeline, family, cache_folder=tmp_path, batch_size=2)
+    assert seen == [""]
+
+
+def test_both_images_of_a_pair_share_crop_and_flip(tiny_pipeline, tmp_path):
+    """Sameness of preparation shows where both images are the same but for one pixel in a corner that is cut."""
+    wide = noise_image(0, (4 * RESOLUTION, RESOLUTION))
+    touched = wide.copy()
+    touched.putpixel((0, 0), (0, 0, 0))
+    rows = [("a", png(wide), png(touched))] * 12
+    encoded = encode(image_pairs(rows), tiny_pipeline, tmp_path, crop="random", random_flip=True)
+    means = [encoded[row]["chosen_mean"] for row in range(12)]
+    same = [torch.equal(encoded[row]["rejected_mean"], means[row]) for row in range(12)]
+    assert sum(same) >= 10  # a crop at the very left shows the touched pixel
+    assert len({mean.numpy().tobytes() for mean in means}) >= 8  # rows differ in place and orientation
+
+
+def test_images_of_different_sizes_are_accepted(tiny_pipeline, tmp_path):
+    rows = [("a", png(noise_image(0, (40, 20))), png(noise_image(1, (15, 33))))]
+    assert encode(image_pairs(rows), tiny_pipeline, tmp_path)[0]["chosen_mean"].shape == (4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (("a", None, png(noise_image(1))), "row 2, column 'chosen': the image is None"),
+        (("a", png(noise_image(1)), {"bytes": b"xx", "path": None}), "row 2, column 'rejected': the bytes are not an"),
+        (
+            ("a", {"bytes": png(noise_image(1, (64, 64)))["bytes"][:900], "path": None}, png(noise_image(2))),
+            "row 2, column 'chosen': the image cannot be decoded",
+        ),
+        (("a", png(noise_image(1)), png(noise_image(1))), "row 2, columns 'chosen' and 'rejected': the same image"),
+        (("", png(noise_image(1)), png(noise_image(2))), "row 2, column 'prompt': is empty"),
+        ((None, png(noise_image(1)), png(noise_image(2))), "row 2, column 'prompt': is NoneType"),
+    ],
+)
+def test_unusable_rows_are_named_and_nothing_is_left_in_the_cache(bad, message, tiny_pipeline, tmp_path):
+    good = [("a", png(noise_image(2 * i)), png(noise_image(2 * i + 1))) for i in range(4)]
+    with pytest.raises(ValueError, match=message):
+        encode(image_pairs([*good[:2], bad, *good[2:]]), tiny_pipeline, tmp_path)
+    assert list(tmp_path.glob("*.arrow")) == []
+
+
+def test_a_vae_that_gives_nan_is_named_with_its_dtype(tiny_pipeline, tmp_path):
+    with torch.no_grad():
+        tiny_pipeline.vae.quant_conv.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="row 0, column 'chosen': the VAE gives NaN or infinity in torch.float32"):
+        encode(preference_pairs(2), tiny_pipeline, tmp_path)
+
+
+def test_a_streamed_data_set_gives_the_same_batches(tiny_pipeline, tmp_path):
+    dataset, family = preference_pairs(5), family_for(tiny_pipeline)
+    stored = encode(dataset, tiny_pipeline, tmp_path)
+    table = encode_prompt_table(dataset["prompt"], tiny_pipeline, family, cache_folder=tmp_path, batch_size=8)
+    streamed = stream_pairs(
+        dataset.to_iterable_dataset(),
+        tiny_pipeline,
+        family,
+        EncodingOptions(resolution=RESOLUTION),
+        what="train_dataset",
+        batch_size=2,
+    )
+    batch = PairCollator(table)([stored[i] for i in range(5)])
+    other = PairCollator(table)(list(streamed))
+    assert batch.keys() == other.keys()
+    assert CONDITIONING_PREFIX + "prompt_embeds" in batch
+    for name in batch:
+        torch.testing.assert_close(other[name], batch[name], rtol=1e-4, atol=1e-5)
+
+
+def test_encoders_go_back_where_they_were(tiny_pipeline):
+    tiny_pipeline.vae.train()
+    with on_device(tiny_pipeline, family_for(tiny_pipeline), torch.device("cpu")):
+        assert not tiny_pipeline.vae.training
+    assert tiny_pipeline.vae.training and tiny_pipeline.vae.device.type == "cpu"

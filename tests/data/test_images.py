@@ -1,0 +1,90 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import png
+from PIL import Image
+
+from trl_diffusion_pref.data.images import ImageProblem, decode_image, prepare_image
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None]
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def test_pixels_are_scaled_to_minus_one_to_one():
+    image = Image.new("RGB", (4, 4), (0, 255, 51))
+    pixels = prepare_image(image, 4, (0.5, 0.5), False)
+    assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.float32
+    np.testing.assert_allclose(pixels[:, 0, 0].numpy(), [-1.0, 1.0, -0.6], atol=1e-6)
+
+
+def test_wide_images_are_cropped_in_the_middle_and_not_stretched():
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste(Image.new("RGB", (20, 20), "blue"), (10, 0))
+    pixels = prepare_image(image, 20, (0.5, 0.5), False)
+    assert torch.equal(pixels, prepare_image(Image.new("RGB", (20, 20), "blue"), 20, (0.5, 0.5), False))
+
+
+def test_a_circle_stays_a_circle():
+    from PIL import ImageDraw
+
+    image = Image.new("RGB", (120, 60), "white")
+    ImageDraw.Draw(image).ellipse([40, 10, 80, 50], fill="black")
+    dark = prepare_image(image, 30, (0.5, 0.5), False)[0] < 0
+    assert abs(int(dark.any(dim=0).sum()) - int(dark.any(dim=1).sum())) <= 1
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (1.0, 1.0)])
+def test_crop_place_is_relative(place):
+    cut = prepare_image(gradient(60, 20), 20, place, False)
+    expected = gradient(60, 20).crop((round(40 * place[0]), 0, round(40 * place[0]) + 20, 20))
+    assert torch.equal(cut, prepare_image(expected, 20, (0.5, 0.5), False))
+
+
+def test_flip_mirrors_left_to_right():
+    image = gradient(16, 16)
+    plain, flipped = (prepare_image(image, 16, (0.5, 0.5), flip) for flip in (False, True))
+    assert torch.equal(flipped, plain.flip(-1))
+
+
+def test_extreme_aspect_ratios_still_fill_the_square():
+    assert prepare_image(gradient(333, 7), 64, (0.3, 0.5), False).shape == (3, 64, 64)
+
+
+def test_transparency_becomes_white_and_grey_becomes_rgb():
+    transparent = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert decode_image(transparent).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("RGB", (2, 2), "blue").convert("P")
+    assert decode_image(palette).getpixel((0, 0)) == (0, 0, 255)
+    assert decode_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_exif_rotation_is_applied():
+    image = gradient(4, 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    assert decode_image({"bytes": buffer.getvalue(), "path": None}).size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "is None"),
+        ({"bytes": None, "path": None}, "neither bytes nor a path"),
+        ({"bytes": b"not an image", "path": None}, "not an image"),
+        ({"bytes": b"", "path": None}, "not an image"),
+        ({"bytes": png(Image.effect_noise((64, 64), 50))["bytes"][:1000], "path": None}, "cannot be decoded"),
+        ({"bytes": None, "path": "/nowhere/x.png"}, "no file at /nowhere/x.png"),
+    ],
+)
+def test_unusable_cells_say_why(cell, message):
+    with pytest.raises(ImageProblem, match=message):
+        decode_image(cell)

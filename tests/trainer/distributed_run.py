@@ -1,0 +1,71 @@
+"""One process of tests/trainer/test_distributed.py: trains, then writes what it saw and where it ended."""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+from conftest import build_tiny_pipeline  # noqa: E402
+from datasets import load_from_disk  # noqa: E402
+
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer  # noqa: E402
+from trl_diffusion_pref.trainer import pairwise_trainer  # noqa: E402
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, pairs = Path(sys.argv[1]), load_from_disk(sys.argv[2])
+    seen = {"rows": [], "timesteps": [], "noise": [], "encoded": 0}
+    pipeline = build_tiny_pipeline()
+
+    original_encode = pipeline.vae.encode
+
+    def encode(pixels):
+        seen["encoded"] += len(pixels)
+        return original_encode(pixels)
+
+    pipeline.vae.encode = encode
+    original_draws = pairwise_trainer.draw_pairs
+
+    def draws(*args):
+        drawn = original_draws(*args)
+        seen["timesteps"] += drawn.timesteps.tolist()
+        seen["noise"] += drawn.noise.flatten(1)[:, 0].tolist()
+        return drawn
+
+    config = MaPOConfig(
+        output_dir=str(folder / "output"),
+        dataset_cache_dir=str(folder / "cache"),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        num_train_epochs=1,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="epoch",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = MaPOTrainer(pipeline, config, pairs, pairs.select(range(7)))
+    before = trainer.evaluate()
+    pairwise_trainer.draw_pairs = draws
+    original_loss = trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        seen["rows"] += inputs["row"].tolist()
+        return original_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    trainer.save_model()
+    seen["weights"] = {name: tensor.double().sum().item() for name, tensor in trainer.model.state_dict().items()}
+    seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    seen["eval_loss"] = before["eval_loss"]
+    (folder / f"rank-{config.process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Two gloo processes on the CPU, started as a user would start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, pairs):
+    """What each process saw, in a run with two processes and one with a single one."""
+    folder = tmp_path_factory.mktemp("distributed")
+    pairs.save_to_disk(folder / "pairs")
+    script = str(Path(__file__).parent / "distributed_run.py")
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment["OMP_NUM_THREADS"] = "1"
+    results = {}
+    for processes in (2, 1):
+        output = folder / str(processes)
+        output.mkdir()
+        launch = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        )
+        command = [sys.executable, *launch, script, str(output), str(folder / "pairs")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results[processes] = [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+    results["folder"] = folder
+    return results
+
+
+def test_every_sample_is_seen_once(run):
+    first, second = (rank["rows"] for rank in run[2])
+    assert sorted(first + second) == list(range(16))
+
+
+def test_processes_draw_different_noise_and_timesteps(run):
+    first, second = run[2]
+    assert len(first["noise"]) == len(second["noise"]) == 8
+    assert not set(first["noise"]) & set(second["noise"])
+    assert first["timesteps"] != second["timesteps"]
+
+
+def test_processes_end_with_equal_weights_and_log_the_same(run):
+    first, second = run[2]
+    assert first["weights"] == second["weights"]
+    assert first["losses"] and first["losses"] == run[2][0]["losses"]
+
+
+def test_evaluation_equals_that_of_one_process(run):
+    assert run[2][0]["eval_loss"] == run[2][1]["eval_loss"]
+    assert run[2][0]["eval_loss"] == pytest.approx(run[1][0]["eval_loss"], rel=1e-6)
+
+
+def test_images_are_encoded_by_one_process_only(run):
+    counts = sorted(rank["encoded"] for rank in run[2])
+    probes = 2  # one call per data set asks for the latents' shape
+    assert counts == [probes, 2 * (16 + 7) + probes]
+
+
+def test_the_saved_pipeline_loads(run):
+    StableDiffusionPipeline.from_pretrained(run["folder"] / "2" / "output")

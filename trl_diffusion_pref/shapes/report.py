@@ -1,0 +1,54 @@
+"""Shows pictures before and after training side by side, with the judge's shares."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from .drawing import IMAGE_SIZE
+from .judge import Summary, summarize
+
+
+_SCALE = 2
+_GAP = 4
+_LABEL = 14
+
+
+def comparison_table(sets: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], preferred_style: str) -> str:
+    """A table with one line per set of pictures: shares of the preferred style, right colours, right shapes, clean.
+
+    Args:
+        sets: Pictures by the name of the model that drew them, one per prompt.
+        prompts: What was asked for.
+        preferred_style: "outlined" or "filled".
+    """
+    lines = [f"{'':8} {preferred_style:>9} {'colour':>8} {'shape':>8} {'clean':>8}"]
+    for name, images in sets.items():
+        lines.append(f"{name:8} {_shares(summarize(images, prompts, preferred_style))}")
+    return "\n".join(lines)
+
+
+def _shares(summary: Summary) -> str:
+    values = (summary.preferred, summary.colour, summary.shape, summary.clean)
+    return " ".join(f"{value:{width}.0%}" for value, width in zip(values, (9, 8, 8, 8), strict=True))
+
+
+def comparison_picture(
+    sets: Mapping[str, Sequence[Image.Image]], path: str | Path, *, count: int = 32, columns: int = 8
+) -> Path:
+    """Writes a PNG with the first `count` pictures of each set in a block of its own, the blocks side by side."""
+    cell = IMAGE_SIZE * _SCALE + _GAP
+    rows = -(-count // columns)
+    block = columns * cell + 3 * _GAP
+    canvas = Image.new("RGB", (len(sets) * block, rows * cell + _LABEL + _GAP), (225, 225, 225))
+    pen = ImageDraw.Draw(canvas)
+    for position, (name, images) in enumerate(sets.items()):
+        left = position * block + _GAP
+        pen.text((left, 1), name, fill="black")
+        for index, image in enumerate(images[:count]):
+            enlarged = image.resize((IMAGE_SIZE * _SCALE,) * 2, Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + index % columns * cell, _LABEL + index // columns * cell + _GAP))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+    return path
