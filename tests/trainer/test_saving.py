@@ -216,18 +216,21 @@ class TestBestModel:
             metric_for_best_model="loss",
         )
 
-        class Worsen(TrainerCallback):
-            """From the fourth step on the weights are wrecked."""
+        pipeline = build_tiny_pipeline()
 
-            def on_optimizer_step(self, args, state, control, model, **kwargs):
+        class Worsen(TrainerCallback):
+            """From the fourth step on the prediction is off by more and more; with LoRA in the base, until the end."""
+
+            def on_optimizer_step(self, args, state, control, **kwargs):
                 if state.global_step >= 3:
-                    with torch.no_grad():
-                        for parameter in model.parameters():
-                            if parameter.requires_grad:
-                                parameter += torch.randn_like(parameter)
+                    pipeline.unet.conv_out.bias.data += 5
+
+            def on_train_end(self, args, state, control, **kwargs):
+                if kind == "lora":
+                    pipeline.unet.conv_out.bias.data -= 5 * 3
 
         trainer = MaPOTrainer(
-            build_tiny_pipeline(),
+            pipeline,
             cfg,
             pairs,
             pairs,
@@ -247,7 +250,7 @@ class TestBestModel:
             saved = load_file(folder / "adapter_model.safetensors")
             model = {n.replace(".default", ""): t for n, t in weights_of(trainer.model).items() if "lora_" in n}
             assert_equal_weights(saved, model)
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
 
 
 class FakeHub:
@@ -401,7 +404,7 @@ class TestNonFinite:
                         next(model.parameters()).fill_(float("nan"))
 
         trainer = MaPOTrainer(build_tiny_pipeline(), cfg, pairs, callbacks=[Wreck()])
-        with pytest.raises(NonFiniteLossError, match="no checkpoint was written.*checkpoint-1"):
+        with pytest.raises(NonFiniteLossError, match="At step 2 .*no checkpoint was written.*checkpoint-1"):
             trainer.train()
         assert sorted(path.name for path in Path(cfg.output_dir).glob("checkpoint-*")) == ["checkpoint-1"]
 

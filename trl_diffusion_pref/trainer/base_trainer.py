@@ -319,15 +319,18 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             bad = sorted(set(self.accelerator.gather(rows)[~finite].tolist()))
-            self._stop_non_finite(f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset")
+            self._stop_non_finite(
+                self.state.global_step + 1,
+                f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset",
+            )
         for name, mean in zip(names, gathered.mean(dim=0).tolist(), strict=True):
             if name != "loss":  # transformers logs it
                 self._metrics[name].append(mean)
 
-    def _stop_non_finite(self, what: str) -> None:
+    def _stop_non_finite(self, step: int, what: str) -> None:
         good, _ = last_complete_checkpoint(Path(self.args.output_dir))
         raise NonFiniteLossError(
-            f"At step {self.state.global_step + 1} {what}. Training stopped. Last good checkpoint: "
+            f"At step {step} {what}. Training stopped. Last good checkpoint: "
             f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
         )
 
@@ -394,7 +397,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         bad = [name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
         if bad:
-            self._stop_non_finite(f"the weights of {bad[0]} are not finite, so no checkpoint was written")
+            self._stop_non_finite(
+                self.state.global_step, f"the weights of {bad[0]} are not finite, so no checkpoint was written"
+            )
         self._writing_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
