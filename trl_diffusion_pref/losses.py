@@ -3,6 +3,8 @@
 The caller takes the mean over pairs. What produced the errors (which model, which noise process) is not known here.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -129,3 +131,187 @@ def check_mapo_options(loss_type: str, beta: float) -> None:
             "loss_type='mapo_v2' divides by beta, so beta=0 is impossible there; use loss_type='mapo' with beta=0 for "
             "supervised fine-tuning on the chosen images."
         )
+
+
+DIFFUSION_DPO_LOSS_TYPES = ("sigmoid", "hinge", "ipo", "dmpo", "irepo", "dspo", "dspo_sdxl")
+# The released DSPO code for SDXL switches its objective where predictions are this far from the reference's.
+_DSPO_SDXL_SWITCH = 0.1
+
+
+def diffusion_dpo_logits(
+    chosen_error: Tensor,
+    rejected_error: Tensor,
+    ref_chosen_error: Tensor,
+    ref_rejected_error: Tensor,
+    *,
+    beta: float = 5000.0,
+    margin_clip: float | None = None,
+) -> Tensor:
+    """Implicit reward margin of each pair, `-(beta/2) ((l_w - l_l) - (r_w - r_l))` (arXiv 2311.12908, equation 46).
+
+    Args:
+        chosen_error, rejected_error: `(B,)` mean squared denoising errors l of the model that is trained.
+        ref_chosen_error, ref_rejected_error: `(B,)` errors r of the reference, same noise and timesteps.
+        beta: In the convention of the authors' code: errors are means over the latent's elements, and the 1/2 stands.
+        margin_clip: Margins above this have no gradient, so that a pair which is won is not pulled further apart; the
+            cheapest way to do that is to wreck the rejected image's likelihood. None leaves them.
+
+    Returns:
+        `(B,)` float32.
+    """
+    errors = (chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
+    chosen, rejected, ref_chosen, ref_rejected = (error.float() for error in errors)
+    # Each image against its reference first: these differences are small, and exactly 0 at the start.
+    logits = -(beta / 2) * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    return logits if margin_clip is None else logits.clamp(max=margin_clip)
+
+
+def diffusion_dpo_loss(
+    chosen_error: Tensor,
+    rejected_error: Tensor,
+    ref_chosen_error: Tensor,
+    ref_rejected_error: Tensor,
+    *,
+    beta: float = 5000.0,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    dmpo_alpha: float = 0.01,
+    soft_labels: Tensor | float | None = None,
+    margin_clip: float | None = None,
+) -> Tensor:
+    r"""Diffusion-DPO (arXiv 2311.12908) and its relatives that need errors alone.
+
+    With the margin u of `diffusion_dpo_logits`:
+
+    - `"sigmoid"`: `-log sigmoid(u)`; with `label_smoothing` epsilon the unbiased loss for labels that are flipped with
+      this probability, robust DPO: `(-(1 - eps) log sigmoid(u) + eps log sigmoid(-u)) / (1 - 2 eps)`
+      (arXiv 2403.00409).
+    - `"hinge"`: `max(0, 1 - u)`.
+    - `"ipo"`: `(u - 1/2)^2`, beta^2 times the published `(u/beta - 1/(2 beta))^2` (arXiv 2310.12036): the same
+      minimiser with gradients of DPO's size, where the published scale would lie below Adam's epsilon at beta 5000.
+    - `"dmpo"`: `KL(Bernoulli(sigmoid(u)) || Bernoulli(1 - alpha))`.
+    - `"irepo"`: `(u - logit P)^2` with P the probability that chosen is better (arXiv 2405.15230, for diffusion).
+
+    Args:
+        chosen_error, rejected_error, ref_chosen_error, ref_rejected_error, beta, margin_clip: See
+            `diffusion_dpo_logits`.
+        loss_type: One of the above.
+        label_smoothing: epsilon of `"sigmoid"`, in [0, 0.5).
+        dmpo_alpha: alpha of `"dmpo"`, in (0, 1).
+        soft_labels: P of `"irepo"`, `(B,)` or one for all, in (0, 1).
+
+    Returns:
+        `(B,)` float32, one loss per pair.
+
+    Raises:
+        ValueError: Unknown loss type, or an option outside its range.
+    """
+    check_diffusion_dpo_options(loss_type, beta, label_smoothing, dmpo_alpha, margin_clip)
+    errors = (chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
+    logits = diffusion_dpo_logits(*errors, beta=beta, margin_clip=margin_clip)
+    if loss_type == "sigmoid":
+        kept, flipped = -functional.logsigmoid(logits), -functional.logsigmoid(-logits)
+        return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    if loss_type == "hinge":
+        return functional.relu(1 - logits)
+    if loss_type == "ipo":
+        return (logits - 0.5).square()
+    if loss_type == "dmpo":
+        # The smaller of p and 1 - p is computed and the other derived: the derivative of a sigmoid near 1 is rounded
+        # to 0.
+        smaller = torch.sigmoid(torch.where(logits < 0, logits, -logits))
+        p = torch.where(logits < 0, smaller, 1 - smaller)
+        not_p = torch.where(logits < 0, 1 - smaller, smaller)
+        preferred = p * (functional.logsigmoid(logits) - math.log(1 - dmpo_alpha))
+        return preferred + not_p * (functional.logsigmoid(-logits) - math.log(dmpo_alpha))
+    if loss_type == "irepo":
+        if soft_labels is None:
+            raise ValueError("loss_type='irepo' needs soft_labels, the probability that chosen is better.")
+        labels = torch.as_tensor(soft_labels, dtype=torch.float32, device=logits.device)
+        if not bool(((labels > 0) & (labels < 1)).all()):
+            raise ValueError(
+                "soft_labels outside (0, 1): their logit would be infinite. Clip them, say to 0.02..0.98."
+            )
+        return (logits - torch.logit(labels)).square()
+    raise ValueError(f"loss_type={loss_type!r} needs predictions, not errors alone: call dspo_loss.")
+
+
+def dspo_loss(
+    chosen_prediction: Tensor,
+    chosen_target: Tensor,
+    ref_chosen_prediction: Tensor,
+    logits: Tensor,
+    *,
+    beta: float = 0.001,
+    loss_type: str = "dspo",
+) -> Tensor:
+    """DSPO, as its released code computes it, from the chosen images' predictions.
+
+    With `g = sigmoid(u)`, not detached, target y, prediction p and the reference's prediction r:
+
+    - `"dspo"` (Stable Diffusion 1.5): `mean(((p - y) - beta (1 - g) (p - r))^2)` over each image's elements.
+    - `"dspo_sdxl"`: `(1 - g)^2 mean((p - r)^2)` where the batch's mean of `(p - r)^2` is 0.1 or more, `(1 - g)^2`
+      below.
+
+    Args:
+        chosen_prediction, chosen_target, ref_chosen_prediction: `(B, ...)`.
+        logits: `(B,)`, u of `diffusion_dpo_logits` at the same beta.
+        beta: Published: 0.001 (searched 0.001, 0.01, 0.05) for `"dspo"`, 5000 for `"dspo_sdxl"`.
+
+    Returns:
+        `(B,)` float32.
+    """
+    prediction, target, reference = (
+        tensor.float().flatten(1) for tensor in (chosen_prediction, chosen_target, ref_chosen_prediction)
+    )
+    shortfall = torch.sigmoid(-logits)
+    difference = prediction - reference
+    if loss_type == "dspo":
+        return ((prediction - target) - beta * shortfall[:, None] * difference).square().mean(dim=1)
+    if loss_type == "dspo_sdxl":
+        distance = difference.square()
+        if bool(distance.mean() >= _DSPO_SDXL_SWITCH):
+            return shortfall.square() * distance.mean(dim=1)
+        return shortfall.square()
+    raise ValueError(f"loss_type={loss_type!r} is neither 'dspo' nor 'dspo_sdxl'.")
+
+
+def preserve_winner(
+    rejected_error: Tensor, chosen_residual: Tensor, rejected_residual: Tensor, *, mu: float
+) -> Tensor:
+    """SDPO's safeguard (arXiv 2511.03317): scales down the rejected errors' gradient where it would hurt the chosen.
+
+    The gradient's factor, over the micro-batch, is `clamp((1 - mu) |e_w|^2 / <e_l, e_w>, 0, 1)` where the residuals'
+    inner product is positive and 1 elsewhere. Values do not change.
+
+    Args:
+        rejected_error: `(B,)`.
+        chosen_residual, rejected_residual: `(B, ...)`, prediction minus target.
+        mu: In [0, 1]; 0.9 published for Stable Diffusion 1.5 with DPO and DMPO, 0.2 with DSPO, 0.6 for SDXL.
+
+    Returns:
+        `(B,)`, equal to `rejected_error`.
+    """
+    chosen, rejected = chosen_residual.detach().float(), rejected_residual.detach().float()
+    product = (chosen * rejected).sum()
+    factor = ((1 - mu) * chosen.square().sum() / product).clamp(0, 1)
+    factor = torch.where(product > 0, factor, torch.ones_like(factor))
+    return factor * rejected_error + (1 - factor) * rejected_error.detach()
+
+
+def check_diffusion_dpo_options(
+    loss_type: str, beta: float, label_smoothing: float, dmpo_alpha: float, margin_clip: float | None
+) -> None:
+    """Raises the ValueError that `diffusion_dpo_loss` documents, so that a config can refuse them before training."""
+    if loss_type not in DIFFUSION_DPO_LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is none of {', '.join(DIFFUSION_DPO_LOSS_TYPES)}.")
+    if not beta > 0:
+        raise ValueError(f"beta={beta}: it must be positive; 0 would train nothing, less towards the rejected images.")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 0.5).")
+    if label_smoothing and loss_type != "sigmoid":
+        raise ValueError(f"label_smoothing belongs to loss_type='sigmoid'; it does nothing for {loss_type!r}.")
+    if not 0 < dmpo_alpha < 1:
+        raise ValueError(f"dmpo_alpha={dmpo_alpha} is outside (0, 1).")
+    if margin_clip is not None and not margin_clip > 0:
+        raise ValueError(f"margin_clip={margin_clip}: it must be positive, or None.")
