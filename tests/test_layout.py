@@ -10,7 +10,8 @@ import trl_diffusion_pref
 
 ROOT = Path(trl_diffusion_pref.__file__).parent
 # Each may import what stands before it.
-ORDER = ["losses", "noise", "likelihood", "fingerprint", "version", "families", "data", "hub", "trainer"]
+ORDER = ["losses", "noise", "likelihood", "randomness", "fingerprint", "version"]
+ORDER += ["families", "data", "evaluation", "hub", "trainer"]
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "version.py")
 
 

@@ -1,8 +1,10 @@
 """Preference trainers for diffusion and flow models."""
 
+from .trainer.diffusion_dpo_config import DiffusionDPOConfig
+from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from .trainer.mapo_config import MaPOConfig
 from .trainer.mapo_trainer import MaPOTrainer
 from .version import __version__
 
 
-__all__ = ["MaPOConfig", "MaPOTrainer", "__version__"]
+__all__ = ["DiffusionDPOConfig", "DiffusionDPOTrainer", "MaPOConfig", "MaPOTrainer", "__version__"]

@@ -15,6 +15,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # diffusers writes 2^-24 where rescaled betas make alphas_cumprod zero; Stable Diffusion's smallest value is 0.0047.
 _ZERO_SNR = 1e-6
 
+_FIRST_FLOW_TIME = 1e-3
+
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshapes `(B,)` to `(B, 1, ..., 1)` with the dimensions of `like`."""
@@ -44,6 +46,18 @@ class NoiseProcess(ABC):
     @abstractmethod
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         """`(n,)` random training times on the generator's device."""
+
+    @abstractmethod
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        """Times `(B,)` at quantiles in [0, 1) of the uniform distribution over the process's times."""
+
+    @abstractmethod
+    def squared_x0_scale(self, t: Tensor) -> Tensor:
+        """`(B,)` factor from a prediction's squared error to that of the clean latents which it implies."""
+
+    @abstractmethod
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """`(B,)` weight of the squared x0 error in the ELBO as a mean over times (arXiv 2107.00630, eq. 13, 17)."""
 
     @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
@@ -120,6 +134,24 @@ class VariancePreserving(NoiseProcess):
             return prediction.float()
         return alpha * x_t.float() - sigma * prediction.float()
 
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        steps = self.num_train_timesteps
+        # float32 rounds a quantile just below 1 to a product of T itself
+        return (quantiles * steps).long().clamp(max=steps - 1)
+
+    def squared_x0_scale(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(t)
+        if self.prediction_type == "epsilon":
+            return (sigma / alpha).square()
+        return torch.ones_like(sigma) if self.prediction_type == "sample" else sigma.square()
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """`T/2 (SNR(t-1) - SNR(t))` from step 1 on; 0 at step 0, whose term is the discrete decoder's."""
+        alpha, sigma = self.alpha_sigma(t)
+        before_alpha, before_sigma = self.alpha_sigma((t - 1).clamp(min=0))
+        drop = (before_alpha / before_sigma).square() - (alpha / sigma).square()
+        return self.num_train_timesteps / 2 * drop
+
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.num_train_timesteps, (n,), generator=generator, device=generator.device)
 
@@ -144,6 +176,17 @@ class RectifiedFlow(NoiseProcess):
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
+
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        # At t = 0 there is no noise to predict, and the ELBO's weight is infinite.
+        return quantiles.float().clamp(min=_FIRST_FLOW_TIME)
+
+    def squared_x0_scale(self, t: Tensor) -> Tensor:
+        return t.float().square()
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """`-1/2 dSNR/dt = (1 - t) / t^3`."""
+        return (1 - t.float()) / t.float() ** 3
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         return torch.sigmoid(torch.randn(n, generator=generator, device=generator.device))

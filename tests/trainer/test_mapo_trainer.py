@@ -9,8 +9,8 @@ from peft import LoraConfig
 
 from trl_diffusion_pref import MaPOTrainer
 from trl_diffusion_pref.losses import mapo_loss
+from trl_diffusion_pref.randomness import TRAINING, generator_for
 from trl_diffusion_pref.shapes import preference_pairs
-from trl_diffusion_pref.trainer.randomness import TRAINING, generator_for
 
 
 METRICS = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}

@@ -10,6 +10,7 @@ from .encoding import (
     on_device,
     stream_pairs,
 )
+from .noisy import NoisyPairs, corrupt_pairs, pair_conditioning, pair_latents
 from .prompts import PromptTable, encode_prompt_table
 
 
@@ -17,12 +18,16 @@ __all__ = [
     "CONDITIONING_PREFIX",
     "LATENT_COLUMNS",
     "PAIR_COLUMNS",
+    "NoisyPairs",
     "EncodingOptions",
     "PairCollator",
     "PromptTable",
     "check_pair_columns",
+    "corrupt_pairs",
     "encode_pairs",
     "encode_prompt_table",
     "on_device",
+    "pair_conditioning",
+    "pair_latents",
     "stream_pairs",
 ]

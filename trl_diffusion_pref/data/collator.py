@@ -24,9 +24,13 @@ class PairCollator:
 
         Returns:
             `chosen_mean`, `chosen_std`, `rejected_mean`, `rejected_std`: `(B, C, h, w)` float32; `row`: `(B,)` int64
-            position in the data set that was passed to the trainer; `conditioning/<name>`: `(B, ...)` float32.
+            position in the data set that was passed to the trainer; `conditioning/<name>`: `(B, ...)` float32; other
+            columns: `(B,)` float32.
         """
         batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in LATENT_COLUMNS}
+        others = rows[0].keys() - {*LATENT_COLUMNS, "prompt", "row"}
+        extra = [name for name in others if not name.startswith(CONDITIONING_PREFIX)]
+        batch |= {name: torch.tensor([float(row[name]) for row in rows]) for name in sorted(extra)}
         batch["row"] = torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)
         streamed = [name for name in rows[0] if name.startswith(CONDITIONING_PREFIX)]
         batch |= {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in streamed}

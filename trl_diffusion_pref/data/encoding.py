@@ -61,10 +61,17 @@ class _PairEncoder:
     """Encodes a batch of rows; the function that `map` calls."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, family: Family, options: EncodingOptions, what: str, with_prompts: bool
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        options: EncodingOptions,
+        what: str,
+        *,
+        with_prompts: bool,
+        extra_columns: tuple[str, ...],
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
-        self.with_prompts = with_prompts
+        self.with_prompts, self.extra_columns = with_prompts, extra_columns
         self.pool = ThreadPoolExecutor(max_workers=4)
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
@@ -72,6 +79,7 @@ class _PairEncoder:
         prepared = list(self.pool.map(self._prepare_pair, rows, batch["chosen"], batch["rejected"]))
         raise_row_problems([problem for problems, _ in prepared for problem in problems], self.what)
         encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
+        encoded |= {name: batch[name] for name in self.extra_columns}
         for index, column in enumerate(("chosen", "rejected")):
             pixels = torch.stack([pair[index] for _, pair in prepared])
             mean, std = self.family.encode_images(self.pipeline, pixels)
@@ -108,9 +116,9 @@ class _PairEncoder:
         return problems, [prepare_image(image, self.options.resolution, crop_at, flip) for image in images]
 
 
-def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The three columns, images as bytes or paths, so that decoding errors are ours to explain."""
-    dataset = dataset.select_columns(list(PAIR_COLUMNS))
+def _undecoded(dataset: Dataset | IterableDataset, extra_columns: tuple[str, ...]) -> Dataset | IterableDataset:
+    """The columns needed, images as bytes or paths, so that decoding errors are ours to explain."""
+    dataset = dataset.select_columns([*PAIR_COLUMNS, *extra_columns])
     for column in ("chosen", "rejected"):
         dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
@@ -130,6 +138,7 @@ def encode_pairs(
     what: str,
     cache_folder: Path,
     batch_size: int,
+    extra_columns: tuple[str, ...] = (),
 ) -> Dataset:
     """Encodes every pair, or finds it in the cache.
 
@@ -142,9 +151,11 @@ def encode_pairs(
         what: How messages call the data set.
         cache_folder: Holds one Arrow file per key.
         batch_size: Pairs per call of the VAE.
+        extra_columns: Numeric columns to keep, as float32.
 
     Returns:
-        Data set of the same length with `prompt` (str), `row` (int64) and `LATENT_COLUMNS` (float32 arrays).
+        Data set of the same length with `prompt` (str), `row` (int64), `LATENT_COLUMNS` (float32 arrays) and the extra
+        columns.
 
     Raises:
         ValueError: A row cannot be used; the message names row and column. The cache then holds nothing.
@@ -153,16 +164,16 @@ def encode_pairs(
     check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
     encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
     fingerprint = Hasher.hash(
-        [_ENCODING_VERSION, family.pipeline_class, dataset._fingerprint, encoders, asdict(options)]
+        [_ENCODING_VERSION, family.pipeline_class, dataset._fingerprint, encoders, asdict(options), extra_columns]
     )
     shapes = _latent_shapes(pipeline, family, options.resolution)
-    encoded = _undecoded(dataset).map(
-        _PairEncoder(pipeline, family, options, what, with_prompts=False),
+    encoded = _undecoded(dataset, extra_columns).map(
+        _PairEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
         batched=True,
         with_indices=True,
         batch_size=batch_size,
-        remove_columns=list(PAIR_COLUMNS),
-        features=array_features(shapes, prompt="string", row="int64"),
+        remove_columns=[*PAIR_COLUMNS, *extra_columns],
+        features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
         new_fingerprint=fingerprint,
         cache_file_name=str(cache_folder / f"pairs-{fingerprint}.arrow"),
         desc=f"Encoding {what}",
@@ -178,6 +189,7 @@ def stream_pairs(
     *,
     what: str,
     batch_size: int,
+    extra_columns: tuple[str, ...] = (),
 ) -> IterableDataset:
     """Like `encode_pairs` for a streamed data set: encodes whenever rows are read, so the encoders must stay in place.
 
@@ -186,12 +198,12 @@ def stream_pairs(
     shapes = _latent_shapes(pipeline, family, options.resolution)
     for name, tensor in family.encode_prompts(pipeline, [""]).items():
         shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
-    encoded = _undecoded(dataset).map(
-        _PairEncoder(pipeline, family, options, what, with_prompts=True),
+    encoded = _undecoded(dataset, extra_columns).map(
+        _PairEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),
         batched=True,
         with_indices=True,
         batch_size=batch_size,
-        remove_columns=list(PAIR_COLUMNS),
-        features=array_features(shapes, prompt="string", row="int64"),
+        remove_columns=[*PAIR_COLUMNS, *extra_columns],
+        features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
     )
     return encoded.with_format("torch")

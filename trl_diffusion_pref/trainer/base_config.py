@@ -36,6 +36,9 @@ class DiffusionPreferenceConfig(_BaseConfig):
             Share of pairs, in [0, 1), that are trained with the empty prompt. One decision for both images of a pair.
         encode_batch_size (`int`, *optional*, defaults to `8`):
             Pairs that the VAE, and prompts that the text encoders, take at once before training.
+        eval_draws (`int`, *optional*, defaults to `8`):
+            Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
+            likelihoods for the preference accuracy; 0 leaves it out.
         dataset_cache_dir (`str`, *optional*):
             Folder of encoded data sets. Default: `trl_diffusion_pref` in the cache folder of `datasets`.
 
@@ -81,6 +84,10 @@ class DiffusionPreferenceConfig(_BaseConfig):
     encode_batch_size: int = field(
         default=8, metadata={"help": "Pairs or prompts that are encoded at once before training."}
     )
+    eval_draws: int = field(
+        default=8,
+        metadata={"help": "Noisy versions of each held-out image for the preference accuracy; 0 leaves it out."},
+    )
     dataset_cache_dir: str | None = field(
         default=None,
         metadata={
@@ -112,13 +119,18 @@ class DiffusionPreferenceConfig(_BaseConfig):
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:
             self.activation_checkpointing = True
         super().__post_init__()
-        for name in ("crop", "latent_sampling"):
-            value, choices = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}.")
+        self._check_choices("crop", "latent_sampling")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} pixels: it must be positive.")
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout={self.prompt_dropout} is outside [0, 1).")
         if self.encode_batch_size < 1:
             raise ValueError(f"encode_batch_size={self.encode_batch_size}: it must be at least 1.")
+        if self.eval_draws < 0:
+            raise ValueError(f"eval_draws={self.eval_draws}: it must be 0 or more.")
+
+    def _check_choices(self, *names: str) -> None:
+        for name in names:
+            value, choices = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}.")

@@ -22,10 +22,11 @@ from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from diffusers.models.normalization import RMSNorm
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import HubStrategy
@@ -45,6 +46,7 @@ from .checkpoints import (
     write_run_record,
 )
 from .denormals import flush_denormals
+from .divergence import DivergenceError
 
 
 logger = get_logger(__name__)
@@ -81,7 +83,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self.pipeline = self._load_pipeline(model, args)
         self.family = family_for(self.pipeline)
         self.noise_process = noise_process(self.pipeline.scheduler)
-        base = self.family.denoiser(self.pipeline)
+        base = self._base_denoiser()
         self._base_model = self._hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
@@ -114,6 +116,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # A new LoRA computes what the base does, so this stands for the starting weights in every case.
+        self._start_fingerprint = self._base_fingerprint
+        # Which of several evaluation data sets is being evaluated; "" where there is one.
+        self.evaluated_name: str | None = ""
 
     # ---- For subclasses ------------------------------------------------------------------------------------------
 
@@ -187,17 +193,30 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
         return name if name and not os.path.isdir(name) else None
 
+    def _base_denoiser(self) -> nn.Module:
+        """The denoiser as it was passed; an adapter that `PeftModel` wraps around it is kept for `_make_trainable`."""
+        denoiser = self.family.denoiser(self.pipeline)
+        self._adapter_before = denoiser if isinstance(denoiser, PeftModel) else None
+        if self._adapter_before is None:
+            return denoiser
+        base = denoiser.get_base_model()
+        setattr(self.pipeline, self.family.denoiser_name, base)
+        return base
+
     def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
         """Freezes everything, then makes the denoiser or a new adapter in it trainable."""
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-            raise ValueError(
-                f"The pipeline's {self.family.denoiser_name} already carries an adapter, from an earlier trainer or "
-                "load_lora_weights. Load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() and "
-                "pipeline.unload_lora_weights())."
-            )
+            if peft_config is not None:
+                raise ValueError(
+                    f"peft_config asks for a new adapter, but the pipeline's {self.family.denoiser_name} already "
+                    "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
+                    "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
+                    "and pipeline.unload_lora_weights())."
+                )
+            return self._trained_before(base)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             if peft_config.target_modules is None:
@@ -215,6 +234,29 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 "rounded away. Load it in float32 and set bf16=True unless memory forbids."
             )
         return base.requires_grad_(True)
+
+    def _trained_before(self, base: nn.Module) -> PeftModel:
+        """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
+        model = self._adapter_before
+        if model is None:
+            # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
+            names = list(getattr(base, "peft_config", {}))
+            if len(names) != 1:
+                raise ValueError(
+                    f"The pipeline's {self.family.denoiser_name} carries {len(names)} adapters that can be found "
+                    f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
+                )
+            config = copy.deepcopy(base.peft_config[names[0]])
+            state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
+            base.unload_lora()
+            model = get_peft_model(base, config)
+            set_peft_model_state_dict(
+                model, {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(f".{model.active_adapter}." in name)
+        self._adapter_before = model
+        return model
 
     def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
         """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
@@ -323,9 +365,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 self.state.global_step + 1,
                 f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset",
             )
-        for name, mean in zip(names, gathered.mean(dim=0).tolist(), strict=True):
+        means = dict(zip(names, gathered.mean(dim=0).tolist(), strict=True))
+        for name, mean in means.items():
             if name != "loss":  # transformers logs it
                 self._metrics[name].append(mean)
+        self.record_step(means)
+
+    def record_step(self, means: dict[str, float]) -> None:
+        """Sees a training micro-batch's means over all processes."""
 
     def _stop_non_finite(self, step: int, what: str) -> None:
         good, _ = last_complete_checkpoint(Path(self.args.output_dir))
@@ -333,6 +380,19 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             f"At step {step} {what}. Training stopped. Last good checkpoint: "
             f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
         )
+
+    def report_divergence(self, what: str, advice: str, *, stop: bool) -> None:
+        """Warns, or saves a checkpoint and stops the run.
+
+        Raises:
+            DivergenceError: Where `stop` is set.
+        """
+        if not stop:
+            logger.warning(f"{what} {advice}")
+            return
+        self._save_checkpoint(self.model, trial=None)
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        raise DivergenceError(f"{what} Training stopped; the weights are in {checkpoint}. {advice}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics' means since the last log to training logs."""
@@ -367,9 +427,45 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
                     self._prepare_encoding(self.args, None, eval_dataset)
                     eval_dataset = self._encode_eval(eval_dataset, self.args)
+        self.evaluated_name = eval_dataset if isinstance(eval_dataset, str) else "" if eval_dataset is None else None
         # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
         with torch.random.fork_rng(enabled=True), _restored_numpy_and_python():
             return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def named_eval_datasets(self) -> Iterator[tuple[str, Dataset | IterableDataset]]:
+        """The evaluation data sets by the names under which `evaluate` runs them."""
+        if isinstance(self.eval_dataset, dict):
+            yield from self.eval_dataset.items()
+        elif self.eval_dataset is not None:
+            yield "", self.eval_dataset
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process holds all weights, so that the model cannot be called before training."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def map_rows(self, dataset: Dataset, compute: Callable[[dict[str, Tensor]], Tensor], batch_size: int) -> Tensor:
+        """Computes something for each row with all processes, without gradients and in the run's precision.
+
+        Args:
+            dataset: Encoded.
+            compute: From a batch on the device to a tensor `(B, ...)`.
+
+        Returns:
+            `(len(dataset), ...)` float32 on the CPU, in order, in every process.
+        """
+        loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)
+        was_training = self.model.training
+        self.model.eval()
+        parts, rows = [], []
+        with torch.random.fork_rng(), _restored_numpy_and_python(), torch.no_grad(), self.accelerator.autocast():
+            for inputs in loader:
+                inputs = self._prepare_inputs(inputs)
+                values, numbers = self.accelerator.gather_for_metrics((compute(inputs).float(), inputs["row"]))
+                parts.append(values.cpu())
+                rows.append(numbers.cpu())
+        self.model.train(was_training)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def prediction_step(
         self,

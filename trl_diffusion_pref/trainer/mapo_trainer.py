@@ -1,7 +1,9 @@
 """MaPO: margin-aware preference optimisation, without a reference model."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data import NoisyPairs
+from ..likelihood import denoising_error
 from ..losses import mapo_loss, mapo_reward
 from .mapo_config import MaPOConfig
 from .pairwise_trainer import PairwiseTrainer
@@ -36,13 +38,15 @@ class MaPOTrainer(PairwiseTrainer):
         "id": "2406.06424",
     }
 
-    def pair_loss(self, chosen_error: Tensor, rejected_error: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_values(
+        self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
+    ) -> dict[str, Tensor]:
+        errors = denoising_error(self.predict(model, noisy), noisy.target).chunk(2)
         options = {
             "beta": self.args.beta,
             "snr_value": self.args.snr_value,
             "num_train_timesteps": self.noise_process.num_train_timesteps,
             "loss_type": self.args.loss_type,
         }
-        loss = mapo_loss(chosen_error, rejected_error, **options)
-        chosen, rejected = (mapo_reward(error.detach(), **options) for error in (chosen_error, rejected_error))
-        return loss, {"rewards/chosen": chosen, "rewards/rejected": rejected}
+        rewards = tuple(mapo_reward(error.detach(), **options) for error in errors)
+        return self.pair_metrics(mapo_loss(*errors, **options), rewards, errors)

@@ -1,27 +1,30 @@
-"""Trainers on preference pairs: from a batch of encoded pairs to one denoising error per image. Knows no loss."""
+"""Trainers on preference pairs: from a batch of encoded pairs to predictions for both images. Knows no loss."""
 
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import numpy as np
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from transformers import EvalPrediction
 
 from ..data import (
-    CONDITIONING_PREFIX,
     EncodingOptions,
+    NoisyPairs,
     PairCollator,
     PromptTable,
     check_pair_columns,
+    corrupt_pairs,
     encode_pairs,
     encode_prompt_table,
     stream_pairs,
 )
-from ..likelihood import denoising_error
+from ..evaluation import bootstrap_interval, pair_elbos, wins
+from ..randomness import EVALUATION, TRAINING, draw_pairs
 from .base_config import DiffusionPreferenceConfig
 from .base_trainer import DiffusionPreferenceTrainer
-from .randomness import EVALUATION, TRAINING, draw_pairs
+from .row_tables import load_or_compute
 
 
 class PairwiseTrainer(DiffusionPreferenceTrainer):
@@ -29,7 +32,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     Args:
         model: Hub id, folder or loaded pipeline. A loaded one is trained in place: afterwards it samples with the
-            tuned weights or the LoRA.
+            tuned weights or the LoRA. One that carries an adapter (`load_lora_weights`) goes on training that adapter.
         args: Options; they are copied, never changed. Default: the defaults, with an output folder named after the
             model.
         train_dataset: Columns `prompt` (str), `chosen`, `rejected` (`datasets.Image`, or paths). A streamed data set
@@ -49,9 +52,50 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
     # Step, and how many of its pairs have been drawn for, since the micro-batches of a step share its count.
     _drawn: tuple[int, int] = (-1, 0)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # ELBOs of the starting weights on each held-out pair, so that evaluation has the base beside it at no cost.
+        self._base_elbos: dict[str, Tensor] = {}
+        if self.args.eval_draws and not self.shards_weights:
+            for name, dataset in self.named_eval_datasets():
+                if isinstance(dataset, Dataset):
+                    self._base_elbos[name] = self._compute_base_elbos(dataset)
+
+    # ---- For subclasses ------------------------------------------------------------------------------------------
+
     @abstractmethod
-    def pair_loss(self, chosen_error: Tensor, rejected_error: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The algorithm: losses `(B,)` float32 from errors `(B,)`, and `rewards/chosen` and `rewards/rejected`."""
+    def pair_values(
+        self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
+    ) -> dict[str, Tensor]:
+        """The algorithm: `(B,)` float32 tensors, see `pair_metrics`.
+
+        Args:
+            model: The trained model, possibly wrapped; `self.predict(model, noisy)` calls it.
+            noisy: Noisy versions of both images of each pair.
+            inputs: The collated batch.
+            keys: What the noise was drawn from, one per pair.
+        """
+
+    def predict(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
+        """Predictions `(2B, ...)`, from one call of a denoiser on both images of each pair."""
+        x_t = noisy.x_t.to(self._denoiser_dtype)
+        return self.family.predict(model, x_t, noisy.model_time, noisy.conditioning)
+
+    @staticmethod
+    def pair_metrics(loss: Tensor, rewards: tuple[Tensor, Tensor], errors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """What every pairwise trainer logs, from losses, and rewards and errors of (chosen, rejected), each `(B,)`."""
+        chosen, rejected = (reward.detach() for reward in rewards)
+        return {
+            "loss": loss,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "mse/chosen": errors[0].detach(),
+            "mse/rejected": errors[1].detach(),
+        }
+
+    # ---- Data ----------------------------------------------------------------------------------------------------
 
     def check_dataset(self, dataset: Any, what: str) -> None:
         check_pair_columns(dataset, what)
@@ -84,15 +128,25 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
             random_flip=args.random_flip,
             seed=args.data_seed,
         )
-        common = {"what": what, "batch_size": args.encode_batch_size}
+        common = {
+            "what": what,
+            "batch_size": args.encode_batch_size,
+            "extra_columns": self.extra_columns(dataset, args),
+        }
         if isinstance(dataset, IterableDataset):
             return stream_pairs(dataset, self.pipeline, self.family, options, **common)
         return encode_pairs(
             dataset, self.pipeline, self.family, options, cache_folder=self._cache_folder(args), **common
         )
 
+    def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
+        """Numeric columns that reach the batch besides the pair."""
+        return ()
+
     def make_collator(self) -> Callable:
         return PairCollator(self.prompt_table)
+
+    # ---- One batch -----------------------------------------------------------------------------------------------
 
     def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
         rows = inputs["row"].tolist()
@@ -106,62 +160,72 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
             for position in range(len(rows))
         ]
 
+    def noisy_pairs(self, inputs: dict[str, Tensor], keys: list[tuple[int, ...]], prompt_dropout: float) -> NoisyPairs:
+        """Noisy versions of a batch's images, pair i by the numbers of `keys[i]`."""
+        means = inputs["chosen_mean"]
+        draws = draw_pairs(keys, tuple(means.shape[1:]), self.noise_process, means.device)
+        return corrupt_pairs(
+            inputs,
+            draws,
+            self.noise_process,
+            sample_posterior=self.args.latent_sampling == "sample",
+            prompt_dropout=prompt_dropout,
+            empty_prompt=self.prompt_table([""]) if prompt_dropout else None,
+        )
+
     def sample_values(
         self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
     ) -> dict[str, Tensor]:
-        chosen_error, rejected_error = self.pair_errors(model, inputs, keys)
-        loss, rewards = self.pair_loss(chosen_error, rejected_error)
-        margins = rewards["rewards/chosen"] - rewards["rewards/rejected"]
-        return {
-            "loss": loss,
-            **rewards,
-            "rewards/margins": margins,
-            "rewards/accuracies": (margins > 0).float(),
-            "mse/chosen": chosen_error.detach(),
-            "mse/rejected": rejected_error.detach(),
-        }
+        dropout = self.args.prompt_dropout if model.training else 0.0
+        values = self.pair_values(model, self.noisy_pairs(inputs, keys, dropout), inputs, keys)
+        if not model.training and self.args.eval_draws:
+            values |= self._likelihood_values(model, inputs)
+        return values
 
-    def pair_errors(
-        self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
-    ) -> tuple[Tensor, Tensor]:
-        """Denoising errors `(B,)` of the chosen and the rejected images, from one call of the denoiser on 2B samples.
+    # ---- Held-out preference accuracy ------------------------------------------------------------------------------
 
-        Both images of a pair get the same noise, timestep and prompt, so that their errors differ by the images alone.
-        """
-        process = self.noise_process
-        draws = draw_pairs(keys, tuple(inputs["chosen_mean"].shape[1:]), process, inputs["chosen_mean"].device)
-        latents = [inputs["chosen_mean"].float(), inputs["rejected_mean"].float()]
-        if self.args.latent_sampling == "sample":
-            stds = (inputs["chosen_std"], inputs["rejected_std"])
-            latents = [
-                mean + std.float() * noise
-                for mean, std, noise in zip(latents, stds, draws.posterior_noise, strict=True)
-            ]
-        x0 = torch.cat(latents)
-        noise, timesteps = draws.noise.repeat(2, *[1] * (draws.noise.ndim - 1)), draws.timesteps.repeat(2)
-        conditioning = {
-            name: torch.cat([tensor] * 2) for name, tensor in self._conditioning(inputs, draws.uniform).items()
+    def _elbos(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+            return self.family.predict(model, x_t.to(self._denoiser_dtype), model_time, conditioning)
+
+        return pair_elbos(predict, inputs, self.noise_process, seed=self.args.seed, draws=self.args.eval_draws)
+
+    def _compute_base_elbos(self, dataset: Dataset) -> Tensor:
+        record = {
+            "what": "ELBOs of the base",
+            "weights": self._start_fingerprint,
+            "data": dataset._fingerprint,
+            "seed": self.args.seed,
+            "draws": self.args.eval_draws,
+            "precision": self.accelerator.mixed_precision,
         }
-        prediction = self.family.predict(
-            model,
-            process.corrupt(x0, noise, timesteps).to(self._denoiser_dtype),
-            process.model_time(timesteps),
-            conditioning,
+        return load_or_compute(
+            self._cache_folder(self.args),
+            record,
+            lambda: self.map_rows(
+                dataset, lambda inputs: self._elbos(self.model, inputs), self.args.per_device_eval_batch_size
+            ),
+            self.accelerator,
         )
-        chosen_error, rejected_error = denoising_error(prediction, process.target(x0, noise, timesteps)).chunk(2)
-        return chosen_error, rejected_error
 
-    def _conditioning(self, inputs: dict[str, Tensor], uniform: Tensor) -> dict[str, Tensor]:
-        conditioning = {
-            name.removeprefix(CONDITIONING_PREFIX): tensor
-            for name, tensor in inputs.items()
-            if name.startswith(CONDITIONING_PREFIX)
-        }
-        if self.args.prompt_dropout == 0.0 or not self.model.training:
-            return conditioning
-        dropped = uniform < self.args.prompt_dropout
-        empty = self.prompt_table([""])
-        return {
-            name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), empty[name].to(tensor), tensor)
-            for name, tensor in conditioning.items()
-        }
+    def _likelihood_values(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        elbos = self._elbos(model, inputs)
+        values = {"likelihood_accuracy": wins(elbos[:, 0] - elbos[:, 1])}
+        table = self._base_elbos.get(self.evaluated_name)
+        if table is not None:
+            base = table[inputs["row"].cpu()].to(elbos.device)
+            gains = elbos - base
+            values["preference_accuracy"] = wins(gains[:, 0] - gains[:, 1])
+            values["base_likelihood_accuracy"] = wins(base[:, 0] - base[:, 1])
+        return values
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = super()._mean_metrics(prediction)
+        for name in ("preference_accuracy", "likelihood_accuracy"):
+            if name in metrics:
+                # In order of rows, so that the interval does not depend on how processes shared them.
+                order = np.argsort(prediction.label_ids, kind="stable")
+                values = np.asarray(prediction.predictions)[order, self._evaluated_names.index(name)]
+                metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values)
+                break
+        return metrics

@@ -2,7 +2,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from trl_diffusion_pref.noise import RectifiedFlow, noise_process
-from trl_diffusion_pref.trainer.randomness import EVALUATION, TRAINING, draw_pairs, generator_for
+from trl_diffusion_pref.randomness import EVALUATION, TRAINING, draw_pairs, generator_for
 
 
 SHAPE = (3, 5, 2)

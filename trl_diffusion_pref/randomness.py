@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..noise import NoiseProcess
+from .noise import NoiseProcess
 
 
-TRAINING, EVALUATION = 0, 1
+TRAINING, EVALUATION, REFERENCE, LIKELIHOOD = range(4)
 
 
 def generator_for(*key: int) -> torch.Generator:

@@ -1,0 +1,303 @@
+"""Diffusion-DPO and its relatives: preferences measured against a reference."""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl.trainer.utils import disable_dropout_in_model
+
+from ..data import NoisyPairs
+from ..fingerprint import weights_fingerprint
+from ..likelihood import denoising_error
+from ..losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, preserve_winner
+from ..randomness import EVALUATION, REFERENCE, generator_for
+from .base_config import DiffusionPreferenceConfig
+from .diffusion_dpo_config import DiffusionDPOConfig
+from .divergence import DivergenceGuard
+from .pairwise_trainer import PairwiseTrainer
+from .references import AdapterOff, FrozenAdapter, FrozenModel, Itself, Reference
+from .row_tables import load_or_compute
+
+
+_REFERENCE_FILE = "reference.safetensors"
+
+
+class DiffusionDPOTrainer(PairwiseTrainer):
+    """Trainer for Diffusion-DPO (Diffusion Model Alignment Using Direct Preference Optimization).
+
+    Arguments are those of [`PairwiseTrainer`], with `args` a [`DiffusionDPOConfig`], and
+
+    Args:
+        ref_model: The reference, where it is not the model's start: Hub id, folder, pipeline or denoiser of the same
+            architecture.
+
+    Raises:
+        ValueError: A reference of another architecture, or the trained model itself; options that contradict each
+            other; soft labels outside (0, 1); precomputed errors that were made from something else.
+    """
+
+    config_class = DiffusionDPOConfig
+    _tag_names = ["trl", "trl-diffusion-pref", "diffusion-dpo"]
+    _name = "Diffusion-DPO"
+    _paper = {"title": "Diffusion Model Alignment Using Direct Preference Optimization", "id": "2311.12908"}
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        args: DiffusionDPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        *,
+        ref_model: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if ref_model is not None and args is not None and args.reference not in ("auto", "precomputed"):
+            raise ValueError(
+                f"ref_model was passed, but args.reference={args.reference!r} makes another reference. Leave one out."
+            )
+        super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        # Errors (chosen, rejected) of the reference at fixed draws: `(rows, draws, 2)`, by data set.
+        self._reference_errors: dict[str, Tensor] = {}
+        self.reference = self._make_reference(ref_model)
+        if self.args.reference == "precomputed":
+            self._precompute()
+            self.reference = None
+        if self.args.sync_ref_model:
+            self.add_callback(_ReferenceSync(self))
+        self.divergence_guard: DivergenceGuard | None = None
+        if self.args.divergence_guard != "off":
+            self.divergence_guard = DivergenceGuard(
+                self, self.args.divergence_guard, self.args.divergence_margin, self.args.divergence_window
+            )
+            self.add_callback(self.divergence_guard)
+
+    # ---- Reference -----------------------------------------------------------------------------------------------
+
+    def _make_reference(self, ref_model: Any) -> Reference:
+        if ref_model is not None:
+            return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
+        lora = isinstance(self.model, PeftModel)
+        kind = self.args.reference
+        if kind in ("auto", "precomputed"):
+            kind = "copy" if not lora else "frozen_adapter" if self._adapter_before is not None else "adapter_off"
+        if kind != "copy" and not lora:
+            raise ValueError(f"reference={kind!r} needs a LoRA: pass peft_config, or use reference='copy'.")
+        if self.args.sync_ref_model and kind == "adapter_off":
+            raise ValueError(
+                "sync_ref_model moves the reference's weights, and the reference of a new LoRA is the base model "
+                "itself. Use reference='frozen_adapter'."
+            )
+        if kind == "adapter_off":
+            return AdapterOff(self.model)
+        if kind == "frozen_adapter":
+            return FrozenAdapter(self.model)
+        if self.args.reference == "precomputed":
+            return Itself(self.model)
+        return FrozenModel(copy.deepcopy(self.model), self.accelerator)
+
+    def _check_ref_model(self, ref_model: Any) -> nn.Module:
+        if isinstance(ref_model, (str, os.PathLike)):
+            ref_model = self._load_pipeline(ref_model, self.args)
+        if isinstance(ref_model, DiffusionPipeline):
+            ref_model = self.family.denoiser(ref_model)
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if ref_model is base or ref_model is self.model:
+            raise ValueError(
+                "ref_model is the very model that is trained, so it would change with it. Leave it out: the trainer "
+                "makes its own reference."
+            )
+        shapes = [
+            {name.replace(".base_layer", ""): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            for module in (base, ref_model)
+        ]
+        shapes[0] = {name: shape for name, shape in shapes[0].items() if "lora_" not in name}
+        if shapes[0] != shapes[1]:
+            different = sorted(
+                name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+            )
+            raise ValueError(
+                f"ref_model ({type(ref_model).__name__}) has another architecture than the trained "
+                f"{type(base).__name__}: {len(different)} parameters differ, first {different[0]}. Pass a model of "
+                "the same architecture."
+            )
+        return ref_model.to(self.args.device)
+
+    def reference_predictions(self, noisy: NoisyPairs) -> Tensor:
+        """Predictions `(2B, ...)` of the reference."""
+        with self.reference.applied() as module:
+            return self.predict(module, noisy)
+
+    def _precompute(self) -> None:
+        """Computes the reference's errors for all fixed draws, after which no reference is needed."""
+        if self.shards_weights:
+            raise ValueError(
+                "reference='precomputed' needs the whole model before training, which FSDP and DeepSpeed do not hold. "
+                "Compute the errors in a run without them, with reference_errors_dir, and pass that folder here."
+            )
+        if isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("reference='precomputed' needs a data set of known rows; this one is streamed.")
+        self._reference_errors["train"] = self._errors_at(
+            "train", self.train_dataset, self.args.reference_draws, self.args.prompt_dropout
+        )
+        for name, dataset in self.named_eval_datasets():
+            self._reference_errors[f"eval {name}"] = self._errors_at(f"eval {name}", dataset, None, 0.0)
+
+    def _errors_at(self, name: str, dataset: Dataset, draws: int | None, prompt_dropout: float) -> Tensor:
+        """Errors `(rows, draws, 2)` at fixed draws; `draws=None` is the one draw that evaluation takes."""
+
+        def compute(inputs: dict[str, Tensor]) -> Tensor:
+            rows, errors = inputs["row"].tolist(), []
+            for k in range(draws or 1):
+                if draws is None:
+                    keys = [(self.args.seed, EVALUATION, row) for row in rows]
+                else:
+                    keys = [(self.args.seed, REFERENCE, row, k) for row in rows]
+                noisy = self.noisy_pairs(inputs, keys, prompt_dropout)
+                error = denoising_error(self.reference_predictions(noisy), noisy.target)
+                errors.append(torch.stack(error.chunk(2), dim=1))
+            return torch.stack(errors, dim=1)
+
+        # A model that stands for itself, or under a new LoRA, is the run's start; others have weights of their own.
+        itself = isinstance(self.reference, (Itself, AdapterOff))
+        reference = self.reference.module if isinstance(self.reference, FrozenModel) else self.model
+        record = {
+            "what": f"reference errors, {name}",
+            "weights": self._start_fingerprint if itself else weights_fingerprint(reference),
+            "data": dataset._fingerprint,
+            "rows": len(dataset),
+            "resolution": self.args.resolution or self.family.resolution(self.pipeline),
+            "seed": self.args.seed,
+            "draws": draws,
+            "prompt_dropout": prompt_dropout,
+            "latent_sampling": self.args.latent_sampling,
+            "precision": self.accelerator.mixed_precision,
+        }
+        own_folder = self.args.reference_errors_dir
+        return load_or_compute(
+            Path(own_folder) if own_folder else self._cache_folder(self.args),
+            record,
+            lambda: self.map_rows(dataset, compute, self.args.per_device_train_batch_size),
+            self.accelerator,
+            name=f"reference-errors-{name.replace(' ', '-').strip('-')}" if own_folder else None,
+        )
+
+    # ---- One batch -----------------------------------------------------------------------------------------------
+
+    def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
+        column = args.soft_label_column
+        if args.loss_type != "irepo" or column not in (dataset.column_names or ()):
+            return ()
+        if isinstance(dataset, Dataset):
+            bad = [row for row, value in enumerate(dataset[column]) if value is None or not 0 < value < 1]
+            if bad:
+                raise ValueError(
+                    f"column {column!r} holds values outside (0, 1), in {len(bad)} rows, first {bad[:10]}. "
+                    "Clip them, say to 0.02..0.98: the logit of 0 or 1 is infinite."
+                )
+        return (column,)
+
+    def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
+        keys = super().random_keys(inputs, training)
+        if not (training and self._reference_errors):
+            return keys
+        draws = self.args.reference_draws
+        picked = [int(torch.randint(draws, (1,), generator=generator_for(*key))) for key in keys]
+        return [(self.args.seed, REFERENCE, row, k) for row, k in zip(inputs["row"].tolist(), picked, strict=True)]
+
+    def pair_values(
+        self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
+    ) -> dict[str, Tensor]:
+        args = self.args
+        prediction = self.predict(model, noisy)
+        chosen_error, rejected_error = denoising_error(prediction, noisy.target).chunk(2)
+        ref_prediction = None if self._reference_errors else self.reference_predictions(noisy)
+        if ref_prediction is None:
+            ref_errors = self._look_up_errors(model.training, keys, chosen_error.device)
+        else:
+            ref_errors = denoising_error(ref_prediction, noisy.target).chunk(2)
+        used_rejected = rejected_error
+        if args.winner_preserving_mu is not None:
+            residuals = (prediction - noisy.target).chunk(2)
+            used_rejected = preserve_winner(rejected_error, *residuals, mu=args.winner_preserving_mu)
+        errors = (chosen_error, used_rejected, *ref_errors)
+        if args.loss_type.startswith("dspo"):
+            loss = dspo_loss(
+                prediction.chunk(2)[0],
+                noisy.target.chunk(2)[0],
+                ref_prediction.chunk(2)[0],
+                diffusion_dpo_logits(*errors, beta=args.beta, margin_clip=args.margin_clip),
+                beta=args.beta,
+                loss_type=args.loss_type,
+            )
+        else:
+            loss = diffusion_dpo_loss(
+                *errors,
+                beta=args.beta,
+                loss_type=args.loss_type,
+                label_smoothing=args.label_smoothing,
+                dmpo_alpha=args.dmpo_alpha,
+                soft_labels=inputs.get(args.soft_label_column, args.soft_label) if args.loss_type == "irepo" else None,
+                margin_clip=args.margin_clip,
+            )
+        loss = loss + args.sft_weight * chosen_error
+        rewards = tuple(
+            -(args.beta / 2) * (error.detach() - ref_error)
+            for error, ref_error in zip((chosen_error, rejected_error), ref_errors, strict=True)
+        )
+        values = self.pair_metrics(loss, rewards, (chosen_error, rejected_error))
+        return {**values, "mse/ref_chosen": ref_errors[0], "mse/ref_rejected": ref_errors[1]}
+
+    def _look_up_errors(self, training: bool, keys: list, device: torch.device) -> tuple[Tensor, Tensor]:
+        table = self._reference_errors.get("train" if training else f"eval {self.evaluated_name}")
+        if table is None:
+            raise ValueError(
+                "With reference='precomputed' there is no reference to evaluate a new data set with. Pass it to the "
+                "trainer as eval_dataset, or use evaluation.preference_accuracy."
+            )
+        rows = torch.tensor([key[2] for key in keys])
+        draws = torch.tensor([key[3] for key in keys]) if training else torch.zeros_like(rows)
+        chosen, rejected = table[rows, draws].to(device).unbind(dim=1)
+        return chosen, rejected
+
+    def record_step(self, means: dict[str, float]) -> None:
+        if self.divergence_guard is not None:
+            self.divergence_guard.record(means["mse/chosen"], means["mse/ref_chosen"])
+
+    # ---- Checkpoints of a moving reference -----------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.sync_ref_model and self._writing_checkpoint and self.args.should_save:
+            weights = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self.reference.parameters().items()
+            }
+            save_file(weights, Path(output_dir) / _REFERENCE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            stored = load_file(Path(resume_from_checkpoint) / _REFERENCE_FILE)
+            for name, parameter in self.reference.parameters().items():
+                parameter.data.copy_(stored[name])
+
+
+class _ReferenceSync(TrainerCallback):
+    """Moves the reference towards the policy every so many steps."""
+
+    def __init__(self, trainer: DiffusionDPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            self.trainer.reference.move_towards(model, args.ref_model_mixup_alpha)

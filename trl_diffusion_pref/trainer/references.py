@@ -1,0 +1,114 @@
+"""The reference that a preference is measured against: five ways to have one, with one interface."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import use_adapter
+
+
+REFERENCE_ADAPTER = "reference"
+
+
+class Reference(ABC):
+    """Gives the module to call in place of the trained one."""
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Within it, the yielded module computes the reference's predictions, without gradients."""
+        with torch.no_grad(), self._switched() as module:
+            yield module
+
+    @abstractmethod
+    def _switched(self):
+        """Context manager that yields the module."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The reference's own weights by name; empty where it has none."""
+        return {}
+
+    def move_towards(self, model: nn.Module, alpha: float) -> None:
+        """`reference = (1 - alpha) reference + alpha model` (TR-DPO, arXiv 2404.09656, equation 3)."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights of its own to move.")
+
+
+class AdapterOff(Reference):
+    """The base model under a new adapter: no second model."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    @contextmanager
+    def _switched(self) -> Iterator[nn.Module]:
+        with use_adapter(self.model, None):
+            yield self.model
+
+
+class Itself(Reference):
+    """The model before training, called as it is; only for precomputing errors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @contextmanager
+    def _switched(self) -> Iterator[nn.Module]:
+        yield self.model
+
+
+class FrozenAdapter(Reference):
+    """A frozen copy of an adapter that was trained before; the base model is shared."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        self.trained = model.active_adapter
+        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[self.trained]))
+        self.move_towards(model, 1.0)
+        model.set_adapter(self.trained)
+
+    def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if f".{self.trained}." in name:
+                frozen = name.replace(f".{self.trained}.", f".{REFERENCE_ADAPTER}.")
+                yield frozen, self.model.get_parameter(frozen), parameter
+
+    @contextmanager
+    def _switched(self) -> Iterator[nn.Module]:
+        with use_adapter(self.model, REFERENCE_ADAPTER):
+            yield self.model
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {name: frozen for name, frozen, _ in self._pairs()}
+
+    def move_towards(self, model: nn.Module, alpha: float) -> None:
+        for _, frozen, trained in self._pairs():
+            frozen.data.mul_(1 - alpha).add_(trained.data.to(frozen.dtype), alpha=alpha)
+
+
+class FrozenModel(Reference):
+    """A whole second denoiser: a copy of the starting weights, or the user's."""
+
+    def __init__(self, module: nn.Module, accelerator: Accelerator) -> None:
+        module = module.eval().requires_grad_(False)
+        if accelerator.state.deepspeed_plugin is not None:
+            self.module = prepare_deepspeed(module, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            self.module = prepare_fsdp(module, accelerator)
+        else:
+            self.module = accelerator.prepare_model(module, evaluation_mode=True)
+
+    @contextmanager
+    def _switched(self) -> Iterator[nn.Module]:
+        yield self.module
+
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.module.named_parameters())
+
+    def move_towards(self, model: nn.Module, alpha: float) -> None:
+        SyncRefModelCallback.sync_target_model(model, self.module, alpha)
