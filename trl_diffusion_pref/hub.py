@@ -12,7 +12,8 @@ import trl
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import ModelCard, ModelCardData, save_torch_state_dict
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .families import Family
@@ -44,6 +45,29 @@ def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tens
     save_torch_state_dict(state_dict, folder, filename_pattern=f"{stem}{{suffix}}.{suffix}", force_contiguous=True)
 
 
+def load_denoiser_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder that `save_denoiser` wrote, in one file or several, on the CPU."""
+    shards = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, family: Family, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a whole pipeline; `model_index.json`, without which it does not load, is removed first and comes last.
+
+    Args:
+        state_dict: The denoiser's gathered weights, see `save_denoiser`.
+    """
+    (folder / pipeline.config_name).unlink(missing_ok=True)
+    for name, component in pipeline.components.items():
+        if name == family.denoiser_name:
+            save_denoiser(component, folder / name, state_dict)
+        elif component is not None:
+            component.save_pretrained(folder / name)
+    pipeline.save_config(folder)
+
+
 def export_lora(
     pipeline: DiffusionPipeline,
     family: Family,
@@ -59,7 +83,34 @@ def export_lora(
     adapter = model.active_adapter
     layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
     layers = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in layers.items()}
-    family.save_lora(pipeline, folder, layers, model.peft_config[adapter].to_dict())
+    # diffusers injects the layers in training mode with the dropout that it finds here, and would sample with it.
+    metadata = {**model.peft_config[adapter].to_dict(), "lora_dropout": 0.0}
+    family.save_lora(pipeline, folder, layers, metadata)
+
+
+# Other initialisations rewrite the base's weights, which a LoRA file does not hold.
+_LORA_INITIALISATIONS = (True, False, "gaussian")
+
+
+def check_exportable(config: LoraConfig) -> None:
+    """Refuses, before training, a LoRA that diffusers could not load or would load as something else.
+
+    Raises:
+        ValueError: The config asks for trained biases, other trained modules, or an initialisation that changes the
+            base.
+    """
+    problem = None
+    if config.bias != "none":
+        problem = f"bias={config.bias!r} trains biases"
+    elif config.modules_to_save:
+        problem = f"modules_to_save={config.modules_to_save!r} trains other modules"
+    elif config.init_lora_weights not in _LORA_INITIALISATIONS:
+        problem = f"init_lora_weights={config.init_lora_weights!r} changes the base's weights"
+    if problem:
+        raise ValueError(
+            f"peft_config: {problem}, which a LoRA file for load_lora_weights does not hold, so what you train could "
+            "not be loaded. Use bias='none', no modules_to_save, and init_lora_weights True or 'gaussian'."
+        )
 
 
 def write_model_card(

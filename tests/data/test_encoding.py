@@ -76,6 +76,27 @@ def test_the_cache_is_not_used_for_anything_else(change, tiny_pipeline, tmp_path
     assert calls.samples == 2 * 2 + 1
 
 
+def test_an_image_file_that_changed_is_encoded_again(tiny_pipeline, tmp_path):
+    noise_image(0).save(tmp_path / "a.png")
+    noise_image(1).save(tmp_path / "b.png")
+    dataset = Dataset.from_dict(
+        {"prompt": ["a"], "chosen": [str(tmp_path / "a.png")], "rejected": [str(tmp_path / "b.png")]}
+    )
+    before = encode(dataset, tiny_pipeline, tmp_path)[0]["chosen_mean"]
+    noise_image(2).save(tmp_path / "a.png")
+    assert not torch.equal(encode(dataset, tiny_pipeline, tmp_path)[0]["chosen_mean"], before)
+
+
+def test_the_seed_matters_to_the_cache_for_random_crops_only(tiny_pipeline, tmp_path, monkeypatch):
+    encode(preference_pairs(2), tiny_pipeline, tmp_path)
+    calls = CountedCalls(monkeypatch, tiny_pipeline.vae, "encode")
+    encode(preference_pairs(2), tiny_pipeline, tmp_path, seed=5)
+    assert calls.samples == 1
+    for seed in (1, 2):
+        encode(preference_pairs(2), tiny_pipeline, tmp_path, seed=seed, crop="random")
+    assert calls.samples == 1 + 2 * (1 + 4)
+
+
 def test_each_distinct_prompt_is_encoded_once(tiny_pipeline, tmp_path, monkeypatch):
     family = family_for(tiny_pipeline)
     prompts = ["a red circle", "a blue square", "a red circle"] * 5

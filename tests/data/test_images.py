@@ -65,6 +65,12 @@ def test_transparency_becomes_white_and_grey_becomes_rgb():
     assert decode_image(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
 
 
+def test_sixteen_bit_grey_is_scaled_and_not_clipped():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(2, axis=0)
+    decoded = np.asarray(decode_image(Image.fromarray(ramp)))[0, :, 0]
+    np.testing.assert_array_equal(decoded, np.arange(256))
+
+
 def test_exif_rotation_is_applied():
     image = gradient(4, 2)
     exif = Image.Exif()

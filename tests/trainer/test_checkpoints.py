@@ -44,6 +44,13 @@ def test_problems_say_what_is_wrong(tmp_path):
     assert checkpoint_problem(checkpoint(tmp_path, 4)) is None
 
 
+def test_a_record_that_was_cut_off_makes_the_checkpoint_unfinished(tmp_path):
+    path = checkpoint(tmp_path, 3)
+    (path / "trl_diffusion_pref.json").write_text('{"base')
+    check_same_base(tmp_path, "aaaa")
+    assert last_complete_checkpoint(tmp_path) == (None, ["checkpoint-3"])
+
+
 def test_checkpoints_of_another_base_are_refused(tmp_path):
     path = checkpoint(tmp_path, 5, base="bbbb")
     check_same_base(tmp_path, "bbbb")

@@ -13,7 +13,7 @@ def test_the_defaults_run_on_this_machine_without_a_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = MaPOConfig(output_dir=str(tmp_path))
-    assert config.bf16 is (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+    assert config.bf16 is (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False))
     assert config.dataloader_pin_memory is torch.cuda.is_available()
     assert config.activation_checkpointing is True
 

@@ -48,7 +48,7 @@ def test_processes_draw_different_noise_and_timesteps(run):
 def test_processes_end_with_equal_weights_and_log_the_same(run):
     first, second = run[2]
     assert first["weights"] == second["weights"]
-    assert first["losses"] and first["losses"] == run[2][0]["losses"]
+    assert first["losses"] and first["losses"] == second["losses"]
 
 
 def test_evaluation_equals_that_of_one_process(run):

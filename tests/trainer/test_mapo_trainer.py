@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_equal_weights, build_tiny_pipeline, weights_of
+from datasets import IterableDataset
 from peft import LoraConfig
 
 from trl_diffusion_pref import MaPOTrainer
@@ -227,15 +228,13 @@ def test_bfloat16_autocast_keeps_errors_and_losses_in_float32(pairs, config, tin
     trainer = MaPOTrainer(tiny_pipeline, config(bf16=True, use_cpu=True, max_steps=1), pairs)
     seen = {}
 
-    original = trainer.pair_loss
+    original = trainer.pair_metrics
 
-    def pair_loss(chosen, rejected):
-        seen["errors"] = chosen.dtype, rejected.dtype
-        loss, rewards = original(chosen, rejected)
-        seen["loss"] = loss.dtype
-        return loss, rewards
+    def pair_metrics(loss, rewards, errors):
+        seen["errors"], seen["loss"] = tuple(error.dtype for error in errors), loss.dtype
+        return original(loss, rewards, errors)
 
-    trainer.pair_loss = pair_loss
+    trainer.pair_metrics = pair_metrics
     trainer.train()
     assert seen == {"errors": (torch.float32, torch.float32), "loss": torch.float32}
     assert next(tiny_pipeline.unet.parameters()).dtype == torch.float32
@@ -261,3 +260,73 @@ def test_group_norms_are_not_decayed(pairs, config, tiny_pipeline):
     assert norms and not decayed & norms
     assert not [name for name in decayed if name.endswith("bias")]
     assert {n for n, p in tiny_pipeline.unet.named_parameters() if p.dim() > 1} <= decayed
+
+
+def test_training_again_from_a_checkpoint_equals_a_fresh_trainer(pairs, config):
+    """In one session: train, then resume an earlier checkpoint with the same trainer."""
+    cfg = config(save_strategy="steps", save_steps=2, max_steps=5, logging_steps=3)
+    trainer = MaPOTrainer(build_tiny_pipeline(), cfg, pairs)
+    trainer.train()
+    first = weights_of(trainer.model)
+    trainer.train(resume_from_checkpoint=f"{cfg.output_dir}/checkpoint-4")
+    assert_equal_weights(first, weights_of(trainer.model))
+
+
+def test_the_callers_pipeline_is_untouched_where_the_data_are_refused(pairs, config, tiny_pipeline):
+    bad = pairs.map(lambda row, index: {"prompt": "" if index == 3 else row["prompt"]}, with_indices=True)
+    with pytest.raises(ValueError, match="row 3, column 'prompt': is empty"):
+        MaPOTrainer(tiny_pipeline, config(), bad, peft_config=LoraConfig(r=2))
+    MaPOTrainer(tiny_pipeline, config(), pairs, peft_config=LoraConfig(r=2)).train()
+
+
+def test_after_training_the_pipeline_samples_without_dropout(pairs, config, tiny_pipeline):
+    MaPOTrainer(tiny_pipeline, config(), pairs, peft_config=LoraConfig(r=2, lora_dropout=0.5)).train()
+    assert not tiny_pipeline.unet.training
+
+
+def test_nested_options_of_the_caller_are_not_written_to(pairs, config):
+    cfg = config(
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": False}},
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+    )
+    for _ in range(2):
+        MaPOTrainer(build_tiny_pipeline(), cfg, pairs).train()
+
+
+@pytest.mark.parametrize("options", [{"bf16_full_eval": True}, {"eval_do_concat_batches": False}])
+def test_evaluation_options_of_the_host_loop_work(options, pairs, config, tiny_pipeline):
+    plain = MaPOTrainer(build_tiny_pipeline(), config(), pairs, pairs.select(range(6))).evaluate()
+    cfg = config(use_cpu=True, **options)
+    result = MaPOTrainer(tiny_pipeline, cfg, pairs, pairs.select(range(6))).evaluate()
+    assert result["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.02 if "bf16_full_eval" in options else 1e-6)
+
+
+def test_a_data_set_with_a_column_called_row_is_encoded(pairs, config, tiny_pipeline):
+    trainer = MaPOTrainer(tiny_pipeline, config(), pairs, pairs)
+    with_row = pairs.add_column("row", list(range(16)))
+    assert trainer.evaluate(with_row)["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_stored_training_and_streamed_evaluation_data_go_together(pairs, config, tiny_pipeline):
+    other = preference_pairs(6, seed=123)
+    stored = MaPOTrainer(build_tiny_pipeline(), config(), pairs.select(range(3)), other).evaluate()
+    streamed = MaPOTrainer(tiny_pipeline, config(), pairs.select(range(3)), other.to_iterable_dataset()).evaluate()
+    assert streamed["eval_loss"] == pytest.approx(stored["eval_loss"], rel=1e-4)
+
+
+def test_a_stream_without_declared_columns_trains(pairs, config, tiny_pipeline):
+    rows = list(pairs)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    trainer = MaPOTrainer(tiny_pipeline, config(max_steps=2), stream)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_loader_workers_give_the_same_training(pairs, config):
+    weights = []
+    for workers in (0, 2):
+        pipeline = build_tiny_pipeline()
+        MaPOTrainer(pipeline, config(dataloader_num_workers=workers), pairs).train()
+        weights.append(weights_of(pipeline.unet))
+    assert_equal_weights(*weights)

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.hub import save_pipeline
 from trl_diffusion_pref.trainer.base_trainer import NonFiniteLossError
 
 
@@ -61,9 +63,20 @@ class TestRoundTrip:
         assert np.abs(trained - base).max() > 1e-3
         assert np.abs(loaded - trained).max() <= 1e-5
 
-    @pytest.mark.parametrize(("r", "alpha"), [(4, 4), (2, 8), (8, 2)])
-    def test_a_lora_loads_through_diffusers_at_the_trained_scale(self, r, alpha, base_folder, pairs, config):
-        trainer = MaPOTrainer(str(base_folder), config(), pairs, peft_config=lora(r=r, lora_alpha=alpha))
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"r": 2, "lora_alpha": 8},
+            {"r": 8, "lora_alpha": 2},
+            {"lora_alpha": 8, "use_rslora": True},
+            {"lora_dropout": 0.3},
+            {"target_modules": ["to_q", "conv1"], "rank_pattern": {"conv1": 2}},
+        ],
+        ids=str,
+    )
+    def test_a_lora_loads_through_diffusers_at_the_trained_scale(self, options, base_folder, pairs, config):
+        trainer = MaPOTrainer(str(base_folder), config(), pairs, peft_config=lora(**options))
         trainer.train()
         trainer.save_model()
         trained = draw(trainer.pipeline)
@@ -109,6 +122,23 @@ class TestRoundTrip:
         endings = {path.suffix for path in folder.rglob("*") if path.is_file()}
         assert endings <= {".safetensors", ".json", ".md", ".txt"}
         draw(StableDiffusionPipeline.from_pretrained(folder))
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"bias": "all"}, {"modules_to_save": ["conv_out"]}, {"init_lora_weights": "pissa"}],
+        ids=str,
+    )
+    def test_a_lora_that_no_file_could_hold_is_refused_before_training(self, options, tiny_pipeline, pairs, config):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*could not be loaded"):
+            MaPOTrainer(tiny_pipeline, config(), pairs, peft_config=lora(**options))
+
+    def test_a_pipeline_is_saved_whole_from_gathered_weights(self, tiny_pipeline, tmp_path):
+        """Under FSDP the module's own storage holds a shard, so it must not be read."""
+        state = {name: tensor + 1 for name, tensor in weights_of(tiny_pipeline.unet).items()}
+        tiny_pipeline.unet.save_pretrained = None
+        save_pipeline(tiny_pipeline, family_for(tiny_pipeline), tmp_path, state)
+        loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+        assert_equal_weights(weights_of(loaded.unet), state)
 
 
 class TestResume:

@@ -1,7 +1,7 @@
 """From rows with a prompt and two images to batches of latents and prompt embeddings, encoded once."""
 
 from .collator import PairCollator
-from .columns import PAIR_COLUMNS, check_pair_columns
+from .columns import PAIR_COLUMNS, check_pair_columns, dataset_fingerprint
 from .encoding import (
     CONDITIONING_PREFIX,
     LATENT_COLUMNS,
@@ -24,6 +24,7 @@ __all__ = [
     "PromptTable",
     "check_pair_columns",
     "corrupt_pairs",
+    "dataset_fingerprint",
     "encode_pairs",
     "encode_prompt_table",
     "on_device",

@@ -8,6 +8,11 @@ from datasets import Dataset, IterableDataset
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """The fingerprint that `datasets` keeps of a data set's content and history; it has no public name for it."""
+    return dataset._fingerprint
+
+
 def check_pair_columns(dataset: Any, what: str) -> None:
     """Refuses what is not a data set of preference pairs.
 

@@ -1,13 +1,15 @@
 """Encodes a data set of pairs once: images to latent posteriors, in `datasets`' cache."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Image, IterableDataset
 from datasets.fingerprint import Hasher
@@ -16,7 +18,7 @@ from diffusers import DiffusionPipeline
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
-from .columns import PAIR_COLUMNS, check_prompts, raise_row_problems
+from .columns import PAIR_COLUMNS, check_prompts, dataset_fingerprint, raise_row_problems
 from .images import ImageProblem, decode_image, prepare_image
 
 
@@ -72,11 +74,12 @@ class _PairEncoder:
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
-        self.pool = ThreadPoolExecutor(max_workers=4)
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
-        prepared = list(self.pool.map(self._prepare_pair, rows, batch["chosen"], batch["rejected"]))
+        # Made here and not kept: data loader workers get this object by pickling or by forking.
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            prepared = list(pool.map(self._prepare_pair, rows, batch["chosen"], batch["rejected"]))
         raise_row_problems([problem for problems, _ in prepared for problem in problems], self.what)
         encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
         encoded |= {name: batch[name] for name in self.extra_columns}
@@ -119,9 +122,28 @@ class _PairEncoder:
 def _undecoded(dataset: Dataset | IterableDataset, extra_columns: tuple[str, ...]) -> Dataset | IterableDataset:
     """The columns needed, images as bytes or paths, so that decoding errors are ours to explain."""
     dataset = dataset.select_columns([*PAIR_COLUMNS, *extra_columns])
+    # A stream may not know its columns' types before it is read; its cells are then taken as they come.
+    if dataset.features is None:
+        return dataset
     for column in ("chosen", "rejected"):
         dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
+
+
+def _file_stamps(undecoded: Dataset) -> list[tuple[str, int, int]]:
+    """Path, time of change and size of images in files of their own, which a data set's fingerprint misses.
+
+    Looks at the whole Arrow table, also where the data set is a selection of it: that copies no image bytes.
+    """
+    stamps = []
+    for column in ("chosen", "rejected"):
+        cells = undecoded.data.column(column)
+        outside = pc.fill_null(pc.is_null(pc.struct_field(cells, "bytes")), False)
+        for path in pc.filter(pc.struct_field(cells, "path"), outside).to_pylist():
+            if path and os.path.isfile(path):
+                status = os.stat(path)
+                stamps.append((path, status.st_mtime_ns, status.st_size))
+    return stamps
 
 
 def _latent_shapes(pipeline: DiffusionPipeline, family: Family, resolution: int) -> dict[str, tuple[int, ...]]:
@@ -163,11 +185,13 @@ def encode_pairs(
     # Prompts are cheap to read, so all are checked before hours of encoding.
     check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
     encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
-    fingerprint = Hasher.hash(
-        [_ENCODING_VERSION, family.pipeline_class, dataset._fingerprint, encoders, asdict(options), extra_columns]
-    )
+    undecoded = _undecoded(dataset, extra_columns)
+    content = [dataset_fingerprint(dataset), _file_stamps(undecoded), extra_columns]
+    # Without random crops and flips the seed plays no part.
+    used = options if options.crop == "random" or options.random_flip else replace(options, seed=0)
+    fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used)])
     shapes = _latent_shapes(pipeline, family, options.resolution)
-    encoded = _undecoded(dataset, extra_columns).map(
+    encoded = undecoded.map(
         _PairEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
         batched=True,
         with_indices=True,

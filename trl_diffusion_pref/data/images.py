@@ -1,10 +1,12 @@
 """Decodes a pair's images and brings both to the training resolution with the same crop and flip, never stretched."""
 
 import io
+import os
 from typing import Any
 
 import numpy as np
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -17,31 +19,44 @@ def decode_image(cell: Any) -> Image.Image:
     """Decodes one cell of an image column.
 
     Args:
-        cell: A PIL image, or what `datasets.Image(decode=False)` gives: a dictionary with `bytes` or a `path`.
+        cell: A PIL image, a path, or what `datasets.Image(decode=False)` gives: a dictionary with `bytes` or a `path`.
 
     Returns:
-        RGB image, EXIF rotation applied, transparency composited on white.
+        RGB image, EXIF rotation applied, transparency composited on white, 16-bit grey scaled to 8 bits.
 
     Raises:
         ImageProblem: Nothing there, not an image, or a truncated one.
     """
     if cell is None:
         raise ImageProblem("the image is None")
+    if isinstance(cell, (str, os.PathLike)):
+        cell = {"bytes": None, "path": str(cell)}
     if not isinstance(cell, Image.Image):
         data, path = cell.get("bytes"), cell.get("path")
         if data is None and path is None:
             raise ImageProblem("the image has neither bytes nor a path")
-        try:
-            with Image.open(io.BytesIO(data) if data is not None else path) as opened:
+    try:
+        if not isinstance(cell, Image.Image):
+            # xopen reads paths inside archives and on the Hub too, as datasets.Image does
+            with io.BytesIO(data) if data is not None else xopen(path, "rb") as file, Image.open(file) as opened:
                 opened.load()
                 cell = opened.copy()
-        except FileNotFoundError as error:
-            raise ImageProblem(f"no file at {path}") from error
-        except Image.UnidentifiedImageError as error:
-            raise ImageProblem("the bytes are not an image that PIL knows") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ImageProblem(f"the image cannot be decoded ({error})") from error
-    image = ImageOps.exif_transpose(cell)
+        return _to_rgb(ImageOps.exif_transpose(cell))
+    except FileNotFoundError as error:
+        raise ImageProblem(f"no file at {path}") from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageProblem("the bytes are not an image that PIL knows") from error
+    # Damaged files make PIL's decoders raise nearly anything, and all of it means the same to the caller.
+    except Exception as error:
+        raise ImageProblem(f"the image cannot be decoded ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, with transparency on white and 16-bit grey scaled to 8 bits, which `convert` would clip to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose range is unknown; store it with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

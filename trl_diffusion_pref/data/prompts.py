@@ -8,6 +8,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
@@ -56,7 +57,10 @@ def encode_prompt_table(
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
     encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
-    fingerprint = Hasher.hash([family.pipeline_class, encoders, distinct])
+    tokenizers = [
+        part.get_vocab() for part in pipeline.components.values() if isinstance(part, PreTrainedTokenizerBase)
+    ]
+    fingerprint = Hasher.hash([family.pipeline_class, encoders, Hasher.hash(tokenizers), distinct])
     probe = family.encode_prompts(pipeline, [""])
 
     def encode(batch: dict[str, list]) -> dict:

@@ -113,7 +113,7 @@ class DiffusionPreferenceConfig(_BaseConfig):
     def __post_init__(self) -> None:
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
-            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = cuda
         if self.activation_checkpointing is None and self.gradient_checkpointing is None:

@@ -24,7 +24,6 @@ from diffusers import DiffusionPipeline
 from diffusers.models.normalization import RMSNorm
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
@@ -35,11 +34,19 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..data import on_device
 from ..families import family_for
 from ..fingerprint import weights_fingerprint
-from ..hub import export_lora, save_denoiser, write_model_card
+from ..hub import (
+    check_exportable,
+    export_lora,
+    load_denoiser_weights,
+    save_denoiser,
+    save_pipeline,
+    write_model_card,
+)
 from ..noise import noise_process
 from .base_config import DiffusionPreferenceConfig
 from .checkpoints import (
     RUN_RECORD,
+    check_checkpoint_base,
     check_same_base,
     checkpoint_problem,
     last_complete_checkpoint,
@@ -88,9 +95,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self._base_fingerprint = weights_fingerprint(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
 
-        denoiser = self._make_trainable(base, peft_config)
-        self._denoiser_dtype = base.dtype
-        self._apply_gradient_checkpointing(base, args)
+        self._check_trainable(base, peft_config)
 
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._writing_checkpoint = False
@@ -106,6 +111,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
             encoded_eval = self._encode_eval(eval_dataset, args)
 
+        # Only now is the caller's pipeline changed, when all that can be refused has been.
+        denoiser = self._make_trainable(base, peft_config)
+        self._apply_gradient_checkpointing(base, args)
         super().__init__(
             model=denoiser,
             args=args,
@@ -136,6 +144,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
     ) -> Dataset | IterableDataset:
         """Rows as the collator wants them, with a column `row`."""
+
+    @abstractmethod
+    def is_encoded(self, dataset: Dataset | IterableDataset) -> bool:
+        """Whether a data set came out of `encode_dataset`."""
 
     @abstractmethod
     def make_collator(self) -> Callable:
@@ -172,6 +184,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
             )
         args = copy.copy(args)
+        # transformers writes into this one.
+        args.accelerator_config = copy.deepcopy(args.accelerator_config)
+        # The columns of encoded rows are all needed, and differ between stored and streamed data sets.
+        args.remove_unused_columns = False
         # Without a data seed, resuming and several processes shuffle differently.
         if args.data_seed is None:
             args.data_seed = args.seed
@@ -203,12 +219,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         setattr(self.pipeline, self.family.denoiser_name, base)
         return base
 
-    def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
-        """Freezes everything, then makes the denoiser or a new adapter in it trainable."""
-        for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
-        if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+    def _check_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> None:
+        """Refuses what `_make_trainable` could not do well, before anything is changed."""
+        if peft_config is not None:
+            check_exportable(peft_config)
+        if _carries_adapter(base):
             if peft_config is not None:
                 raise ValueError(
                     f"peft_config asks for a new adapter, but the pipeline's {self.family.denoiser_name} already "
@@ -216,18 +231,25 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                     "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
                     "and pipeline.unload_lora_weights())."
                 )
+        elif peft_config is None and base.dtype == torch.float16:
+            raise ValueError(
+                f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
+                "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
+                "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
+            )
+
+    def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
+        """Freezes everything, then makes the denoiser or an adapter in it trainable."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        if _carries_adapter(base):
             return self._trained_before(base)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             if peft_config.target_modules is None:
                 peft_config.target_modules = list(self.family.lora_target_modules)
             return get_peft_model(base, peft_config)
-        if base.dtype == torch.float16:
-            raise ValueError(
-                f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
-                "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
-                "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
-            )
         if base.dtype == torch.bfloat16:
             logger.warning(
                 f"Full fine-tuning of a bfloat16 {self.family.denoiser_name}: updates below 1/256 of a weight are "
@@ -323,10 +345,24 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             problem = checkpoint_problem(Path(resume_from_checkpoint))
             if problem:
                 raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
-            check_same_base(Path(resume_from_checkpoint).parent, self._base_fingerprint)
+            check_checkpoint_base(
+                Path(resume_from_checkpoint),
+                self._base_fingerprint,
+                "Pass the base that it was trained from as model.",
+            )
         self._undo_preparation_by_evaluation()
+        self._metrics.clear()
+        self.start_of_training()
         with flush_denormals(self.args.device):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        # The pipeline is there to sample from now: no dropout, and its parts together on one device.
+        self.model.eval()
+        for encoder in self.family.encoders(self.pipeline):
+            encoder.to(self.args.device)
+        return result
+
+    def start_of_training(self) -> None:
+        """Forgets what an earlier call of `train` left."""
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -335,9 +371,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         processes would then train apart without exchanging gradients, and nothing would be raised.
         """
         prepared = getattr(self.model, "_is_accelerate_prepared", False)
-        if prepared and self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        inner = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        if prepared and inner is self.model and not self.shards_weights:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
+            self.model_wrapped = self.model
 
     def compute_loss(
         self,
@@ -401,12 +439,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             self._metrics.clear()
         super().log(logs, start_time)
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """The forward's arguments are not the data set's columns, and columns that are not named here are dropped."""
-        if self._signature_columns is None:
-            dataset = self.train_dataset
-            self._signature_columns = list(dataset.column_names or dataset.features)
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The inherited rule goes by names and decays GroupNorm weights called `norm1`; this one goes by types."""
         norms = [nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm]
@@ -422,14 +454,16 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
             # The loop calls this again for each of several data sets, which are encoded by then.
-            if not all("row" in (getattr(dataset, "column_names", None) or ()) for dataset in given):
+            if not all(
+                isinstance(dataset, (Dataset, IterableDataset)) and self.is_encoded(dataset) for dataset in given
+            ):
                 self._check_eval(eval_dataset)
                 with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
                     self._prepare_encoding(self.args, None, eval_dataset)
                     eval_dataset = self._encode_eval(eval_dataset, self.args)
         self.evaluated_name = eval_dataset if isinstance(eval_dataset, str) else "" if eval_dataset is None else None
         # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
-        with torch.random.fork_rng(enabled=True), _restored_numpy_and_python():
+        with torch.random.fork_rng(self._own_devices), _restored_numpy_and_python():
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def named_eval_datasets(self) -> Iterator[tuple[str, Dataset | IterableDataset]]:
@@ -438,6 +472,15 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             yield from self.eval_dataset.items()
         elif self.eval_dataset is not None:
             yield "", self.eval_dataset
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
+        raise NotImplementedError("Sample with trainer.pipeline, or call evaluate() for metrics of a data set.")
+
+    @property
+    def _own_devices(self) -> list[int]:
+        """The CUDA device whose generator this process uses."""
+        return [self.args.device.index or 0] if self.args.device.type == "cuda" else []
 
     @property
     def shards_weights(self) -> bool:
@@ -458,7 +501,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         was_training = self.model.training
         self.model.eval()
         parts, rows = [], []
-        with torch.random.fork_rng(), _restored_numpy_and_python(), torch.no_grad(), self.accelerator.autocast():
+        with (
+            torch.random.fork_rng(self._own_devices),
+            _restored_numpy_and_python(),
+            torch.no_grad(),
+            self.accelerator.autocast(),
+        ):
             for inputs in loader:
                 inputs = self._prepare_inputs(inputs)
                 values, numbers = self.accelerator.gather_for_metrics((compute(inputs).float(), inputs["row"]))
@@ -485,8 +533,13 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         return None, torch.stack([values[name].float() for name in values], dim=1), inputs["row"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        means = np.asarray(prediction.predictions, dtype=np.float64).mean(axis=0)
+        means = self._stacked(prediction.predictions).astype(np.float64).mean(axis=0)
         return dict(zip(self._evaluated_names, means.tolist(), strict=True))
+
+    @staticmethod
+    def _stacked(values: np.ndarray | list[np.ndarray]) -> np.ndarray:
+        """One array, also where `eval_do_concat_batches=False` leaves a list of batches."""
+        return np.concatenate(values) if isinstance(values, list) else np.asarray(values)
 
     # ---- Saving and loading --------------------------------------------------------------------------------------
 
@@ -498,6 +551,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             )
         self._writing_checkpoint = True
         try:
+            if self.args.should_save:
+                # Here and not with the weights: sharded weights (FSDP) are not written by `_save`.
+                folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_run_record(folder, self._run_record())
             super()._save_checkpoint(model, trial)
         finally:
             self._writing_checkpoint = False
@@ -518,18 +576,17 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         elif self._writing_checkpoint:
             save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
         else:
-            self._save_pipeline(folder, state_dict)
+            save_pipeline(self.pipeline, self.family, folder, state_dict)
         write_run_record(folder, self._run_record())
         torch.save(self.args, folder / "training_args.bin")
         # Last, because PEFT writes a card of its own.
         self._write_card(folder, Path(self.args.output_dir).name if self._writing_checkpoint else folder.name)
 
-    def _save_pipeline(self, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The whole pipeline; `model_index.json`, without which it does not load, comes last."""
-        (folder / self.pipeline.config_name).unlink(missing_ok=True)
-        self.pipeline.save_pretrained(folder)
-        if state_dict is not None:
-            save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """What the denoiser's weights are in now; a full half-precision evaluation and DeepSpeed cast them."""
+        model = self._unwrapped
+        return (model.get_base_model() if isinstance(model, PeftModel) else model).dtype
 
     @property
     def _unwrapped(self) -> nn.Module:
@@ -562,9 +619,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         folder = checkpoint / self.family.denoiser_name
         if not folder.is_dir():
             raise ValueError(f"{checkpoint} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
-        shards = sorted(folder.glob("*.safetensors"))
-        state_dict = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-        denoiser.load_state_dict(state_dict, strict=True)
+        denoiser.load_state_dict(load_denoiser_weights(folder), strict=True)
 
     # ---- Hub -----------------------------------------------------------------------------------------------------
 
@@ -581,7 +636,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 shutil.copy(file, output_dir / file.name)
         else:
             if not (output_dir / self.pipeline.config_name).is_file():
-                self._save_pipeline(output_dir)
+                frozen = load_denoiser_weights(checkpoint / self.family.denoiser_name)
+                save_pipeline(self.pipeline, self.family, output_dir, frozen)
             name = self.family.denoiser_name
             shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
         shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
@@ -633,6 +689,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             dataset_name=dataset_name,
             tags=[*self._tag_names, *tags],
         )
+
+
+def _carries_adapter(module: nn.Module) -> bool:
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
 @contextmanager

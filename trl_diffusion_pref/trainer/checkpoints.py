@@ -14,13 +14,17 @@ _LAST_WRITTEN = "trainer_state.json"
 
 def write_run_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes what a folder's weights were trained from."""
-    (folder / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    unfinished = folder / f"{RUN_RECORD}.unfinished"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(folder / RUN_RECORD)
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """The record, or None where there is none."""
-    file = folder / RUN_RECORD
-    return json.loads(file.read_text()) if file.is_file() else None
+    """The record, or None where there is none that can be read."""
+    try:
+        return json.loads((folder / RUN_RECORD).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -65,10 +69,16 @@ def check_same_base(output_dir: Path, base_fingerprint: str) -> None:
         ValueError: Names the checkpoint and both bases.
     """
     for folder in checkpoints(output_dir):
-        record = read_run_record(folder)
-        if record is not None and record["base_fingerprint"] != base_fingerprint:
-            raise ValueError(
-                f"{folder} was trained from another base model ({record['base_model'] or 'a local pipeline'}, "
-                f"fingerprint {record['base_fingerprint']}; the one passed has {base_fingerprint}). Give this run "
-                "another output_dir, or remove the old checkpoints."
-            )
+        check_checkpoint_base(
+            folder, base_fingerprint, "Give this run another output_dir, or remove the old checkpoints."
+        )
+
+
+def check_checkpoint_base(folder: Path, base_fingerprint: str, remedy: str) -> None:
+    """Refuses one checkpoint of another base model, see `check_same_base`."""
+    record = read_run_record(folder)
+    if record is not None and record["base_fingerprint"] != base_fingerprint:
+        raise ValueError(
+            f"{folder} was trained from another base model ({record['base_model'] or 'a local pipeline'}, "
+            f"fingerprint {record['base_fingerprint']}; the one passed has {base_fingerprint}). {remedy}"
+        )

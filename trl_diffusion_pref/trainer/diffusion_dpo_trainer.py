@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..data import NoisyPairs
+from ..data import NoisyPairs, dataset_fingerprint
 from ..fingerprint import weights_fingerprint
 from ..likelihood import denoising_error
 from ..losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, preserve_winner
@@ -173,7 +173,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         record = {
             "what": f"reference errors, {name}",
             "weights": self._start_fingerprint if itself else weights_fingerprint(reference),
-            "data": dataset._fingerprint,
+            "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),
             "seed": self.args.seed,

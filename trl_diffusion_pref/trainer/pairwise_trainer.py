@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from transformers import EvalPrediction
 
 from ..data import (
+    LATENT_COLUMNS,
     EncodingOptions,
     NoisyPairs,
     PairCollator,
     PromptTable,
     check_pair_columns,
     corrupt_pairs,
+    dataset_fingerprint,
     encode_pairs,
     encode_prompt_table,
     stream_pairs,
@@ -78,7 +80,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def predict(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
         """Predictions `(2B, ...)`, from one call of a denoiser on both images of each pair."""
-        x_t = noisy.x_t.to(self._denoiser_dtype)
+        x_t = noisy.x_t.to(self.denoiser_dtype)
         return self.family.predict(model, x_t, noisy.model_time, noisy.conditioning)
 
     @staticmethod
@@ -143,8 +145,14 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         """Numeric columns that reach the batch besides the pair."""
         return ()
 
+    def is_encoded(self, dataset: Dataset | IterableDataset) -> bool:
+        return set(LATENT_COLUMNS) <= set(dataset.column_names or ())
+
     def make_collator(self) -> Callable:
         return PairCollator(self.prompt_table)
+
+    def start_of_training(self) -> None:
+        self._drawn = (-1, 0)
 
     # ---- One batch -----------------------------------------------------------------------------------------------
 
@@ -186,7 +194,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def _elbos(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            return self.family.predict(model, x_t.to(self._denoiser_dtype), model_time, conditioning)
+            return self.family.predict(model, x_t.to(self.denoiser_dtype), model_time, conditioning)
 
         return pair_elbos(predict, inputs, self.noise_process, seed=self.args.seed, draws=self.args.eval_draws)
 
@@ -194,7 +202,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         record = {
             "what": "ELBOs of the base",
             "weights": self._start_fingerprint,
-            "data": dataset._fingerprint,
+            "data": dataset_fingerprint(dataset),
             "seed": self.args.seed,
             "draws": self.args.eval_draws,
             "precision": self.accelerator.mixed_precision,
@@ -224,8 +232,8 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         for name in ("preference_accuracy", "likelihood_accuracy"):
             if name in metrics:
                 # In order of rows, so that the interval does not depend on how processes shared them.
-                order = np.argsort(prediction.label_ids, kind="stable")
-                values = np.asarray(prediction.predictions)[order, self._evaluated_names.index(name)]
+                order = np.argsort(self._stacked(prediction.label_ids), kind="stable")
+                values = self._stacked(prediction.predictions)[order, self._evaluated_names.index(name)]
                 metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values)
                 break
         return metrics
