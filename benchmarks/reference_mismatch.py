@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from trl_diffusion_pref import MaPOConfig, MaPOTrainer
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs, prompts, sample, summarize
 
 
@@ -28,6 +28,15 @@ SAMPLES = 64
 METHODS = {
     "SFT on chosen": (MaPOTrainer, MaPOConfig, {"beta": 0.0}),
     "MaPO": (MaPOTrainer, MaPOConfig, {"beta": 0.1}),
+    # The guard is off so that all methods run all steps.
+    **{
+        f"DPO, beta {beta:g}": (
+            DiffusionDPOTrainer,
+            DiffusionDPOConfig,
+            {"beta": beta, "prompt_dropout": 0.0, "divergence_guard": "off"},
+        )
+        for beta in (500.0, 2000.0)
+    },
 }
 
 

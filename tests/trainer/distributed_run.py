@@ -11,8 +11,33 @@ import torch  # noqa: E402
 from conftest import build_tiny_pipeline  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
 
-from trl_diffusion_pref import MaPOConfig, MaPOTrainer  # noqa: E402
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer  # noqa: E402
 from trl_diffusion_pref.trainer import pairwise_trainer  # noqa: E402
+
+
+def train_dpo(folder: Path, pairs) -> dict:
+    """Errors of the reference computed by all processes together, and where two steps on them end."""
+    config = DiffusionDPOConfig(
+        output_dir=str(folder / "dpo"),
+        dataset_cache_dir=str(folder / "cache"),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=2,
+        reference="precomputed",
+        reference_draws=2,
+        save_strategy="no",
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = DiffusionDPOTrainer(build_tiny_pipeline(), config, pairs, pairs.select(range(7)))
+    trainer.train()
+    metrics = trainer.evaluate()
+    return {
+        "errors": trainer._reference_errors["train"].flatten().tolist(),
+        "weights": {name: tensor.double().sum().item() for name, tensor in trainer.model.state_dict().items()},
+        "accuracy": metrics["eval_preference_accuracy"],
+    }
 
 
 def main() -> None:
@@ -61,9 +86,13 @@ def main() -> None:
     trainer.compute_loss = compute_loss
     trainer.train()
     trainer.save_model()
+    pairwise_trainer.draw_pairs = original_draws
     seen["weights"] = {name: tensor.double().sum().item() for name, tensor in trainer.model.state_dict().items()}
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seen["eval_loss"] = before["eval_loss"]
+    seen["accuracies"] = [before[f"eval_{name}_accuracy"] for name in ("preference", "likelihood", "base_likelihood")]
+    seen["interval"] = [before[f"eval_preference_accuracy_{end}"] for end in ("low", "high")]
+    seen["dpo"] = train_dpo(folder, pairs)
     (folder / f"rank-{config.process_index}.json").write_text(json.dumps(seen))
 
 

@@ -56,6 +56,22 @@ def test_evaluation_equals_that_of_one_process(run):
     assert run[2][0]["eval_loss"] == pytest.approx(run[1][0]["eval_loss"], rel=1e-6)
 
 
+def test_held_out_accuracies_and_their_interval_are_equal_for_one_and_two_processes(run):
+    for name in ("accuracies", "interval"):
+        assert run[2][0][name] == run[2][1][name] == run[1][0][name]
+
+
+def test_reference_errors_are_equal_however_many_processes_computed_them(run):
+    assert len(run[1][0]["dpo"]["errors"]) == 16 * 2 * 2
+    assert run[2][0]["dpo"]["errors"] == run[2][1]["dpo"]["errors"]
+    assert run[2][0]["dpo"]["errors"] == pytest.approx(run[1][0]["dpo"]["errors"], rel=1e-6)
+
+
+def test_dpo_s_processes_end_with_equal_weights(run):
+    assert run[2][0]["dpo"]["weights"] == run[2][1]["dpo"]["weights"]
+    assert run[2][0]["dpo"]["accuracy"] == run[2][1]["dpo"]["accuracy"]
+
+
 def test_images_are_encoded_by_one_process_only(run):
     counts = sorted(rank["encoded"] for rank in run[2])
     probes = 2  # one call per data set asks for the latents' shape

@@ -414,6 +414,21 @@ class TestNonFinite:
         with pytest.raises(NonFiniteLossError, match=r"step 3 the loss is (nan|inf).*\[9\].*checkpoint-2"):
             trainer.train()
 
+    def test_the_last_whole_step_is_saved_first(self, pairs, config):
+        """Also where the run saves nothing by itself; it resumes to what it was."""
+        cfg = config(max_steps=8)
+        cfg.train_sampling_strategy = "sequential"
+        trainer = MaPOTrainer(build_tiny_pipeline(), cfg, pairs)
+        self.poison(trainer, row=9)
+        with pytest.raises(NonFiniteLossError, match="checkpoint-2"):
+            trainer.train()
+        saved = load_file(Path(cfg.output_dir) / "checkpoint-2" / "unet" / "diffusion_pytorch_model.safetensors")
+        cfg = config(max_steps=2, output_dir=cfg.output_dir + "-short")
+        cfg.train_sampling_strategy = "sequential"
+        short = MaPOTrainer(build_tiny_pipeline(), cfg, pairs)
+        short.train()
+        assert_equal_weights(saved, weights_of(short.model))
+
     def test_without_a_checkpoint_that_is_said(self, pairs, config):
         cfg = config()
         cfg.train_sampling_strategy = "sequential"

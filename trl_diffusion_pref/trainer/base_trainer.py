@@ -399,6 +399,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             bad = sorted(set(self.accelerator.gather(rows)[~finite].tolist()))
+            self._save_before_stopping()
             self._stop_non_finite(
                 self.state.global_step + 1,
                 f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset",
@@ -411,6 +412,13 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     def record_step(self, means: dict[str, float]) -> None:
         """Sees a training micro-batch's means over all processes."""
+
+    def _save_before_stopping(self) -> None:
+        """Keeps the weights of the last whole step, unless they are kept already, untrained or themselves wrecked."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if self.state.global_step > 0 and finite and checkpoint_problem(folder) is not None:
+            self._save_checkpoint(self.model, trial=None)
 
     def _stop_non_finite(self, step: int, what: str) -> None:
         good, _ = last_complete_checkpoint(Path(self.args.output_dir))
@@ -571,7 +579,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self._unwrapped, PeftModel):
-            self._unwrapped.save_pretrained(folder, state_dict=state_dict)
+            trained = [self._unwrapped.active_adapter]
+            self._unwrapped.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
             export_lora(self.pipeline, self.family, self._unwrapped, folder, state_dict)
         elif self._writing_checkpoint:
             save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)

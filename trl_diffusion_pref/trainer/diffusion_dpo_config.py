@@ -68,7 +68,7 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
             rises above the reference's.
         divergence_margin (`float`, *optional*, defaults to `0.25`):
             By how much, relative to the reference's error, its mean over the window may rise.
-        divergence_window (`int`, *optional*, defaults to `10`):
+        divergence_window (`int`, *optional*, defaults to `5`):
             Steps.
 
     > Parameters whose default is the authors'
@@ -131,7 +131,7 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
     divergence_margin: float = field(
         default=0.25, metadata={"help": "By how much, relative to the reference's error, it may rise."}
     )
-    divergence_window: int = field(default=10, metadata={"help": "Steps over which the guard averages."})
+    divergence_window: int = field(default=5, metadata={"help": "Steps over which the guard averages."})
     learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(
         default=1e-2, metadata={"help": "Weight decay of matrices; norms and biases have none."}

@@ -1,0 +1,36 @@
+import pytest
+import torch
+from accelerate import Accelerator
+
+from trl_diffusion_pref.trainer.row_tables import load_or_compute
+
+
+RECORD = {"weights": "aa", "seed": 3}
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_computed_once_and_loaded_after(tmp_path, accelerator):
+    table, calls = torch.rand(4, 2), []
+
+    def compute():
+        calls.append(1)
+        return table
+
+    for _ in range(2):
+        assert torch.equal(load_or_compute(tmp_path, RECORD, compute, accelerator), table)
+    assert len(calls) == 1
+    other = load_or_compute(tmp_path, {**RECORD, "seed": 4}, compute, accelerator)
+    assert torch.equal(other, table) and len(calls) == 2
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_a_named_file_made_from_something_else_is_refused_with_the_differences(tmp_path, accelerator):
+    load_or_compute(tmp_path, RECORD, lambda: torch.zeros(1), accelerator, name="errors")
+    with pytest.raises(
+        ValueError, match="seed: made with 3, this run has 4\n  weights: made with 'aa', this run has 'b'"
+    ):
+        load_or_compute(tmp_path, {"weights": "b", "seed": 4}, lambda: torch.zeros(1), accelerator, name="errors")
