@@ -99,6 +99,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._writing_checkpoint = False
+        self._pipeline_pushed = False
         streaming = any(
             isinstance(dataset, IterableDataset) for dataset in self._all_datasets(train_dataset, eval_dataset)
         )
@@ -110,6 +111,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             self._prepare_encoding(args, train_dataset, eval_dataset)
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
             encoded_eval = self._encode_eval(eval_dataset, args)
+        if not streaming:
+            # Also those of a pipeline that was passed on an accelerator: training does not need them.
+            for encoder in self.family.encoders(self.pipeline):
+                encoder.to("cpu")
 
         # Only now is the caller's pipeline changed, when all that can be refused has been.
         denoiser = self._make_trainable(base, peft_config)
@@ -124,8 +129,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # A new LoRA computes what the base does, so this stands for the starting weights in every case.
-        self._start_fingerprint = self._base_fingerprint
         # Which of several evaluation data sets is being evaluated; "" where there is one.
         self.evaluated_name: str | None = ""
 
@@ -644,10 +647,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             for file in [*checkpoint.glob("adapter_*"), checkpoint / "pytorch_lora_weights.safetensors"]:
                 shutil.copy(file, output_dir / file.name)
         else:
-            if not (output_dir / self.pipeline.config_name).is_file():
-                frozen = load_denoiser_weights(checkpoint / self.family.denoiser_name)
-                save_pipeline(self.pipeline, self.family, output_dir, frozen)
             name = self.family.denoiser_name
+            if not self._pipeline_pushed:
+                # The frozen parts once; what lies in the folder may be another run's.
+                save_pipeline(self.pipeline, self.family, output_dir, load_denoiser_weights(checkpoint / name))
+                self._pipeline_pushed = True
             shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
         shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
         self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])

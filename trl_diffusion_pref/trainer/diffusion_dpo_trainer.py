@@ -172,7 +172,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         reference = self.reference.module if isinstance(self.reference, FrozenModel) else self.model
         record = {
             "what": f"reference errors, {name}",
-            "weights": self._start_fingerprint if itself else weights_fingerprint(reference),
+            "weights": self._base_fingerprint if itself else weights_fingerprint(reference),
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),

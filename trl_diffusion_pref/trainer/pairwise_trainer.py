@@ -201,7 +201,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
     def _compute_base_elbos(self, dataset: Dataset) -> Tensor:
         record = {
             "what": "ELBOs of the base",
-            "weights": self._start_fingerprint,
+            "weights": self._base_fingerprint,
             "data": dataset_fingerprint(dataset),
             "seed": self.args.seed,
             "draws": self.args.eval_draws,

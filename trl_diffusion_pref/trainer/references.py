@@ -22,9 +22,14 @@ class Reference(ABC):
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """Within it, the yielded module computes the reference's predictions, without gradients."""
+        """Within it, the yielded module computes the reference's predictions, without gradients and dropout."""
         with torch.no_grad(), self._switched() as module:
-            yield module
+            was_training = module.training
+            module.eval()
+            try:
+                yield module
+            finally:
+                module.train(was_training)
 
     @abstractmethod
     def _switched(self):
