@@ -92,14 +92,18 @@ def test_value_and_gradients_are_the_authors(letter, name, options):
     assert_row(expected, prediction, losses(prediction, target, reference, **options))
 
 
-def test_dspo_for_sdxl_on_both_sides_of_its_switch():
-    """The file's rows for set A: predictions far from and near to the reference."""
-    prediction, target, reference = tensors("A")
-    rows = [entry for entry in VECTORS["A"]["values"] if entry["name"].startswith("DSPO official SDXL")]
-    assert len(rows) == 2
-    far = prediction.clone().requires_grad_()
-    assert (far - reference).chunk(2)[0].square().mean().item() == pytest.approx(0.2662, abs=1e-4)
-    assert_row(rows[0], far, losses(far, target, reference, loss_type="dspo_sdxl", beta=10.0))
+@pytest.mark.parametrize("letter", ["A", "C"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_dspo_for_sdxl_far_from_and_near_to_the_reference(letter, index):
+    """The file's two rows: the set as it stands, and with the reference a tenth as far from the prediction."""
+    prediction, target, reference = tensors(letter)
+    expected = [entry for entry in VECTORS[letter]["values"] if entry["name"].startswith("DSPO official SDXL")][index]
+    if index == 1:
+        reference = prediction + 0.1 * (reference - prediction)
+    prediction = prediction.clone().requires_grad_()
+    distance = (prediction - reference).chunk(2)[0].square().mean().item()
+    assert distance == pytest.approx(float(expected["name"].rsplit("=", 1)[1]), abs=6e-5)
+    assert_row(expected, prediction, losses(prediction, target, reference, loss_type="dspo_sdxl", beta=10.0))
 
 
 def test_at_the_reference_every_loss_has_its_known_value():

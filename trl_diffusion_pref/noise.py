@@ -5,6 +5,7 @@ training steps for variance-preserving processes, t in [0, 1] for rectified flow
 denoiser is called with.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -30,6 +31,16 @@ class NoiseProcess(ABC):
     """
 
     num_train_timesteps: int
+
+    def describe(self) -> str:
+        """What tells this process from others: its kind, prediction and schedule."""
+        schedule = hashlib.sha256(self._schedule().numpy().tobytes()).hexdigest()[:16]
+        return f"{type(self).__name__} {getattr(self, 'prediction_type', '')} {self.num_train_timesteps} {schedule}"
+
+    def _schedule(self) -> Tensor:
+        return torch.stack(
+            self.alpha_sigma(self.times_at(torch.arange(self.num_train_timesteps) / self.num_train_timesteps))
+        )
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_equal_weights, build_tiny_pipeline, weights_of
+from datasets import IterableDataset
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -70,11 +71,12 @@ def start(kind: str, cfg, pairs, trained_lora, eval_dataset=None) -> DiffusionDP
     pipeline = pipeline_with(trained_lora) if "frozen" in kind else build_tiny_pipeline()
     peft_config = lora(lora_dropout=0.2) if kind.startswith("lora") else None
     cfg.reference = "precomputed" if "precomputed" in kind else "auto"
-    ref_model = build_tiny_pipeline() if kind == "ref_model" else None
+    ref_model = build_tiny_pipeline() if kind.startswith("ref_model") else None
     return DiffusionDPOTrainer(pipeline, cfg, pairs, eval_dataset, ref_model=ref_model, peft_config=peft_config)
 
 
-KINDS = ("full", "lora", "frozen", "ref_model", "full precomputed", "lora precomputed", "frozen precomputed")
+KINDS = ("full", "lora", "frozen", "ref_model")
+KINDS += tuple(f"{kind} precomputed" for kind in KINDS)
 
 
 class TestStart:
@@ -193,6 +195,37 @@ class TestTraining:
         constant.train()
         assert constant.state.log_history[0]["loss"] == pytest.approx(math.log(4) ** 2, rel=1e-5)
 
+    def test_soft_labels_of_a_stream_without_declared_columns_are_found(self, dpo, pairs):
+        rows = [{**row, "soft_label": 0.5} for row in pairs]
+        stream = IterableDataset.from_generator(lambda: iter(rows))
+        trainer = DiffusionDPOTrainer(build_tiny_pipeline(), dpo(loss_type="irepo", max_steps=1), stream)
+        trainer.train()
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(0.0, abs=1e-6)
+
+    def test_a_half_precision_reference_serves_a_full_precision_policy(self, dpo, pairs):
+        ref_model = build_tiny_pipeline().unet.to(torch.bfloat16)
+        trainer = DiffusionDPOTrainer(build_tiny_pipeline(), dpo(max_steps=1), pairs, ref_model=ref_model)
+        trainer.train()
+        assert abs(trainer.state.log_history[0]["mse/chosen"] - trainer.state.log_history[0]["mse/ref_chosen"]) < 0.02
+
+    def test_trainers_follow_one_another_on_one_pipeline(self, dpo, pairs):
+        pipeline = build_tiny_pipeline()
+        DiffusionDPOTrainer(pipeline, dpo(), pairs, peft_config=lora()).train()
+        for _ in range(2):
+            trainer = DiffusionDPOTrainer(pipeline, dpo(), pairs)
+            trainer.train()
+            assert trainer.state.log_history[0]["rewards/margins"] == 0.0
+
+    @pytest.mark.parametrize("reference", ["auto", "precomputed"])
+    def test_evaluation_does_not_change_training(self, reference, dpo, pairs):
+        weights = []
+        for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+            cfg = dpo(max_steps=5, reference=reference, **evaluation)
+            trainer = DiffusionDPOTrainer(build_tiny_pipeline(), cfg, pairs, pairs.select(range(6)))
+            trainer.train()
+            weights.append(weights_of(trainer.model))
+        assert_equal_weights(*weights)
+
     def test_prompts_are_dropped_in_training_and_never_in_evaluation(self, dpo, pairs):
         trainer = DiffusionDPOTrainer(build_tiny_pipeline(), dpo(prompt_dropout=0.9), pairs, pairs.select(range(4)))
         first, second = trainer.evaluate()["eval_mse/chosen"], None
@@ -221,7 +254,7 @@ class TestPrecomputed:
         torch.testing.assert_close(values[0]["mse/ref_chosen"], values[1]["mse/ref_chosen"], rtol=1e-6, atol=1e-7)
         assert values[0]["rewards/margins"].abs().max() > 0.01
 
-    @pytest.mark.parametrize("kind", ["full", "lora"])
+    @pytest.mark.parametrize("kind", ["full", "lora", "frozen", "ref_model"])
     def test_no_second_model_is_in_memory_and_no_reference_is_called(self, kind, dpo, pairs, trained_lora):
         gc.collect()
         before = sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())
@@ -232,6 +265,10 @@ class TestPrecomputed:
         trainer.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
         trainer.train()
         assert trainer.reference is None
+        adapters = {
+            name.split(".lora_A.")[1].split(".")[0] for name in weights_of(trainer.model) if ".lora_A." in name
+        }
+        assert len(adapters) == (kind in ("lora", "frozen"))
         assert calls == [8] * 3  # one forward of both images of four pairs a step
 
     def test_training_draws_among_all_fixed_draws(self, dpo, pairs):
@@ -248,6 +285,7 @@ class TestPrecomputed:
         cases = [
             (build_tiny_pipeline(seed=1), pairs, {}, "weights"),
             (build_tiny_pipeline(), preference_pairs(16, seed=8), {}, "data"),
+            (build_tiny_pipeline("v_prediction"), pairs, {}, "noise process"),
             (build_tiny_pipeline(), pairs, {"resolution": 32}, "resolution: made with 16, this run has 32"),
             (build_tiny_pipeline(), pairs, {"seed": 1}, "seed: made with 42, this run has 1"),
             (build_tiny_pipeline(), pairs, {"reference_draws": 2}, "draws: made with 8, this run has 2"),
@@ -259,10 +297,19 @@ class TestPrecomputed:
     def test_a_stream_or_a_new_evaluation_set_is_refused(self, dpo, pairs):
         with pytest.raises(ValueError, match="streamed"):
             start("full precomputed", dpo(), pairs.to_iterable_dataset(), None)
+        with pytest.raises(ValueError, match="eval_dataset is streamed"):
+            start("full precomputed", dpo(eval_draws=0), pairs, None, pairs.to_iterable_dataset())
         trainer = start("full precomputed", dpo(), pairs, None, pairs.select(range(4)))
         trainer.evaluate()
         with pytest.raises(ValueError, match="no reference to evaluate a new data set"):
             trainer.evaluate(preference_pairs(4, seed=99))
+
+    def test_every_row_is_computed_also_where_training_drops_the_last_batch(self, dpo, pairs):
+        trainer = start(
+            "full precomputed", dpo(dataloader_drop_last=True), pairs.select(range(10)), None, pairs.select([0])
+        )
+        assert len(trainer._reference_errors["train"]) == 10
+        trainer.train()
 
 
 class TestResume:
@@ -330,6 +377,9 @@ class TestRefusals:
             DiffusionDPOTrainer(build_tiny_pipeline(), dpo(reference="copy"), pairs, ref_model=build_tiny_pipeline())
         with pytest.raises(ValueError, match="sync_ref_model"):
             DiffusionDPOTrainer(build_tiny_pipeline(), dpo(sync_ref_model=True), pairs, peft_config=lora())
+        with pytest.raises(ValueError, match="a LoRA has others"):
+            options = {"ref_model": build_tiny_pipeline(), "peft_config": lora()}
+            DiffusionDPOTrainer(build_tiny_pipeline(), dpo(sync_ref_model=True), pairs, **options)
 
     def test_soft_labels_outside_their_range_are_named_by_row(self, dpo, pairs):
         labels = [0.5] * 14 + [1.0, 0.0]

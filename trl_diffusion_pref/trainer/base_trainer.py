@@ -54,6 +54,7 @@ from .checkpoints import (
 )
 from .denormals import flush_denormals
 from .divergence import DivergenceError
+from .references import REFERENCE_ADAPTER
 
 
 logger = get_logger(__name__)
@@ -265,7 +266,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         model = self._adapter_before
         if model is None:
             # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
-            names = list(getattr(base, "peft_config", {}))
+            # An earlier trainer's frozen reference is no adapter to go on with.
+            names = [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
             if len(names) != 1:
                 raise ValueError(
                     f"The pipeline's {self.family.denoiser_name} carries {len(names)} adapters that can be found "
@@ -508,7 +510,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         Returns:
             `(len(dataset), ...)` float32 on the CPU, in order, in every process.
         """
-        loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)
+        # Every row counts here, whatever training does with a last batch that is not full.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)
+        finally:
+            self.args.dataloader_drop_last = drop_last
         was_training = self.model.training
         self.model.eval()
         parts, rows = [], []
@@ -524,7 +531,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 parts.append(values.cpu())
                 rows.append(numbers.cpu())
         self.model.train(was_training)
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        table, order = torch.cat(parts), torch.cat(rows).argsort()
+        if len(table) != len(dataset):
+            raise RuntimeError(f"{len(table)} of {len(dataset)} rows were computed; please report this.")
+        return table[order]
 
     def prediction_step(
         self,
@@ -594,10 +604,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         # Last, because PEFT writes a card of its own.
         self._write_card(folder, Path(self.args.output_dir).name if self._writing_checkpoint else folder.name)
 
-    @property
-    def denoiser_dtype(self) -> torch.dtype:
-        """What the denoiser's weights are in now; a full half-precision evaluation and DeepSpeed cast them."""
-        model = self._unwrapped
+    def dtype_of(self, model: nn.Module) -> torch.dtype:
+        """What a denoiser's weights are in now; a full half-precision evaluation and DeepSpeed cast them."""
+        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         return (model.get_base_model() if isinstance(model, PeftModel) else model).dtype
 
     @property

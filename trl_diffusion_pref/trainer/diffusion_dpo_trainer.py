@@ -72,6 +72,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         if self.args.reference == "precomputed":
             self._precompute()
             self.reference = None
+            # accelerate keeps what it prepared, and would keep a model of the user's in memory.
+            self.accelerator.free_memory()
         if self.args.sync_ref_model:
             self.add_callback(_ReferenceSync(self))
         self.divergence_guard: DivergenceGuard | None = None
@@ -84,11 +86,20 @@ class DiffusionDPOTrainer(PairwiseTrainer):
     # ---- Reference -----------------------------------------------------------------------------------------------
 
     def _make_reference(self, ref_model: Any) -> Reference:
-        if ref_model is not None:
-            return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
         lora = isinstance(self.model, PeftModel)
+        if self.args.sync_ref_model and self.shards_weights:
+            raise ValueError(
+                "sync_ref_model is not supported with FSDP and DeepSpeed, whose checkpoints leave it out."
+            )
+        if ref_model is not None:
+            if self.args.sync_ref_model and lora:
+                raise ValueError("sync_ref_model moves ref_model towards the trained weights, and a LoRA has others.")
+            return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
+        if self.args.reference == "precomputed":
+            # At its start every model is its own reference.
+            return Itself(self.model)
         kind = self.args.reference
-        if kind in ("auto", "precomputed"):
+        if kind == "auto":
             kind = "copy" if not lora else "frozen_adapter" if self._adapter_before is not None else "adapter_off"
         if kind != "copy" and not lora:
             raise ValueError(f"reference={kind!r} needs a LoRA: pass peft_config, or use reference='copy'.")
@@ -101,8 +112,6 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             return AdapterOff(self.model)
         if kind == "frozen_adapter":
             return FrozenAdapter(self.model)
-        if self.args.reference == "precomputed":
-            return Itself(self.model)
         return FrozenModel(copy.deepcopy(self.model), self.accelerator)
 
     def _check_ref_model(self, ref_model: Any) -> nn.Module:
@@ -141,11 +150,15 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         """Computes the reference's errors for all fixed draws, after which no reference is needed."""
         if self.shards_weights:
             raise ValueError(
-                "reference='precomputed' needs the whole model before training, which FSDP and DeepSpeed do not hold. "
-                "Compute the errors in a run without them, with reference_errors_dir, and pass that folder here."
+                "reference='precomputed' needs the whole model before training, which no process holds with FSDP and "
+                "DeepSpeed. Use DDP, or another reference."
             )
-        if isinstance(self.train_dataset, IterableDataset):
-            raise ValueError("reference='precomputed' needs a data set of known rows; this one is streamed.")
+        for name, dataset in [("train_dataset", self.train_dataset), *self.named_eval_datasets()]:
+            if isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"reference='precomputed' needs data sets of known rows, and {name or 'eval_dataset'} is "
+                    "streamed. Use another reference, or store the data."
+                )
         self._reference_errors["train"] = self._errors_at(
             "train", self.train_dataset, self.args.reference_draws, self.args.prompt_dropout
         )
@@ -167,14 +180,12 @@ class DiffusionDPOTrainer(PairwiseTrainer):
                 errors.append(torch.stack(error.chunk(2), dim=1))
             return torch.stack(errors, dim=1)
 
-        # A model that stands for itself, or under a new LoRA, is the run's start; others have weights of their own.
-        itself = isinstance(self.reference, (Itself, AdapterOff))
-        reference = self.reference.module if isinstance(self.reference, FrozenModel) else self.model
         record = {
             "what": f"reference errors, {name}",
-            "weights": self._base_fingerprint if itself else weights_fingerprint(reference),
+            "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
+            "noise process": self.noise_process.describe(),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),
             "seed": self.args.seed,
             "draws": draws,
@@ -191,11 +202,20 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             name=f"reference-errors-{name.replace(' ', '-').strip('-')}" if own_folder else None,
         )
 
+    def _reference_fingerprint(self) -> str:
+        """Of the weights that precomputed errors come from: the run's start, or a model of the user's."""
+        if isinstance(self.reference, FrozenModel):
+            return weights_fingerprint(self.reference.module)
+        return self._base_fingerprint
+
     # ---- One batch -----------------------------------------------------------------------------------------------
 
     def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
         column = args.soft_label_column
-        if args.loss_type != "irepo" or column not in (dataset.column_names or ()):
+        columns = dataset.column_names
+        if columns is None:  # a stream that does not know its columns before it is read
+            columns = list(next(iter(dataset), {}))
+        if args.loss_type != "irepo" or column not in columns:
             return ()
         if isinstance(dataset, Dataset):
             bad = [row for row, value in enumerate(dataset[column]) if value is None or not 0 < value < 1]

@@ -27,6 +27,10 @@ class DivergenceGuard(TrainerCallback):
         self.steps: deque[tuple[float, float]] = deque(maxlen=window)
         self._batches: list[tuple[float, float]] = []
 
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.steps.clear()
+        self._batches.clear()
+
     def record(self, chosen_error: float, reference_error: float) -> None:
         """Takes a micro-batch's means over all processes."""
         self._batches.append((chosen_error, reference_error))
@@ -50,7 +54,7 @@ class DivergenceGuard(TrainerCallback):
             "draw."
         )
         advice = (
-            "Lower learning_rate (try a tenth), raise beta, set margin_clip or winner_preserving_mu, or add "
-            "sft_weight. divergence_guard='warn' only warns."
+            "Start anew, or from an earlier checkpoint, with a lower learning_rate (try a tenth), a higher beta, "
+            "margin_clip, winner_preserving_mu or sft_weight. divergence_guard='warn' only warns."
         )
         self.trainer.report_divergence(what, advice, stop=self.action == "stop")

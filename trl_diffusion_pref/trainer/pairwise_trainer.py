@@ -80,7 +80,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def predict(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
         """Predictions `(2B, ...)`, from one call of a denoiser on both images of each pair."""
-        x_t = noisy.x_t.to(self.denoiser_dtype)
+        x_t = noisy.x_t.to(self.dtype_of(model))
         return self.family.predict(model, x_t, noisy.model_time, noisy.conditioning)
 
     @staticmethod
@@ -194,7 +194,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def _elbos(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            return self.family.predict(model, x_t.to(self.denoiser_dtype), model_time, conditioning)
+            return self.family.predict(model, x_t.to(self.dtype_of(model)), model_time, conditioning)
 
         return pair_elbos(predict, inputs, self.noise_process, seed=self.args.seed, draws=self.args.eval_draws)
 
@@ -203,6 +203,8 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
             "what": "ELBOs of the base",
             "weights": self._base_fingerprint,
             "data": dataset_fingerprint(dataset),
+            "rows": len(dataset),
+            "noise process": self.noise_process.describe(),
             "seed": self.args.seed,
             "draws": self.args.eval_draws,
             "precision": self.accelerator.mixed_precision,

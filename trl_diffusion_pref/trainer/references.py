@@ -14,7 +14,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 
-REFERENCE_ADAPTER = "reference"
+REFERENCE_ADAPTER = "dpo_reference"
 
 
 class Reference(ABC):

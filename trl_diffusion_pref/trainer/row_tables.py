@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,14 +32,11 @@ def load_or_compute(
         ValueError: The named file was made from something else; the message says what differs.
     """
     file = folder / f"{name or 'rows-' + Hasher.hash(record)}.safetensors"
-    # All decide alike before one of them writes.
-    accelerator.wait_for_everyone()
-    found = file.is_file()
-    accelerator.wait_for_everyone()
-    if found:
+    # All must decide alike, also where nodes have caches of their own.
+    if all(gather_object([file.is_file()])):
         return _load(file, record)
     table = compute().cpu().contiguous()
-    if accelerator.is_main_process:
+    if accelerator.is_local_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".unfinished")
         save_file({"table": table}, unfinished, metadata={"record": json.dumps(record)})
