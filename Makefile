@@ -24,6 +24,9 @@ lint: .venv/installed
 # The tables in benchmarks/results; not part of CI.
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/reference_mismatch.py
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/accuracy_spread.py
+	$(BIN)/python benchmarks/reference_draws.py
 
 # Trains the embedded pipelines anew, about half an hour on two cores.
 weights: .venv/installed

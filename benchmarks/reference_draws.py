@@ -16,7 +16,7 @@ from trl_diffusion_pref.shapes import load_pipeline, preference_pairs, prompts, 
 
 
 RESULTS = Path(__file__).parent / "results"
-DRAWS = (1, 2, 4, 8, 16, None)
+DRAWS = (1, 4, 8, None)
 SEEDS = (0, 1)
 PAIRS, STEPS, BATCH_SIZE = 64, 60, 16
 
