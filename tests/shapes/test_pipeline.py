@@ -50,6 +50,12 @@ def test_it_is_made_of_the_real_classes():
     assert type(pipeline.scheduler) is DDPMScheduler
 
 
+def test_loaded_without_any_option_it_draws(drawings):
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder())
+    for ours, theirs in zip(sample(pipeline, ASKED[:2]), drawings["mixed"], strict=False):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
 def test_the_mixed_base_draws_what_is_asked_and_outlines_in_a_minority(drawings):
     summary = summarize(drawings["mixed"], ASKED)
     assert 0.02 <= summary.preferred <= 0.5

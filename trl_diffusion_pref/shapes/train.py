@@ -8,6 +8,7 @@ last two stages, for experiments that need a base which has not finished learnin
 """
 
 import argparse
+import json
 import string
 import time
 from pathlib import Path
@@ -226,6 +227,10 @@ def main() -> None:
         checkpoint_folder=args.output / "mixed_checkpoints",
     )
     pipeline.to(half).save_pretrained(args.output / "pipeline")
+    # transformers loads in the dtype that this file names, diffusers in float32: a pipeline of both would not run.
+    config_file = args.output / "pipeline" / "text_encoder" / "config.json"
+    config = {**json.loads(config_file.read_text()), "dtype": "float32"}
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

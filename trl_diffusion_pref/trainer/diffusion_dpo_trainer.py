@@ -96,8 +96,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
                 raise ValueError("sync_ref_model moves ref_model towards the trained weights, and a LoRA has others.")
             return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
         if self.args.reference == "precomputed":
-            # At its start every model is its own reference.
-            return Itself(self.model)
+            # At its start every model is its own reference, but for a new LoRA that does not start at zero.
+            return AdapterOff(self.model) if lora and self._adapter_before is None else Itself(self.model)
         kind = self.args.reference
         if kind == "auto":
             kind = "copy" if not lora else "frozen_adapter" if self._adapter_before is not None else "adapter_off"
