@@ -21,7 +21,7 @@ from .version import __version__
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -60,10 +60,14 @@ def save_pipeline(
         state_dict: The denoiser's gathered weights, see `save_denoiser`.
     """
     (folder / pipeline.config_name).unlink(missing_ok=True)
+    save_denoiser(family.denoiser(pipeline), folder / family.denoiser_name, state_dict)
+    save_all_but_denoiser(pipeline, family, folder)
+
+
+def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
+    """Writes the frozen components and `model_index.json`, for a denoiser that is written on its own."""
     for name, component in pipeline.components.items():
-        if name == family.denoiser_name:
-            save_denoiser(component, folder / name, state_dict)
-        elif component is not None:
+        if name != family.denoiser_name and component is not None:
             component.save_pretrained(folder / name)
     pipeline.save_config(folder)
 
@@ -82,7 +86,7 @@ def export_lora(
     """
     adapter = model.active_adapter
     layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
-    layers = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in layers.items()}
+    layers = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in layers.items()}
     # diffusers injects the layers in training mode with the dropout that it finds here, and would sample with it.
     metadata = {**model.peft_config[adapter].to_dict(), "lora_dropout": 0.0}
     family.save_lora(pipeline, folder, layers, metadata)

@@ -114,9 +114,12 @@ class TestTraining:
         trainer = start(kind, dpo(max_steps=4, learning_rate=1e-3), pairs, trained_lora)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         noisy = trainer.noisy_pairs(inputs, [(0, 0, 0, 0, i) for i in range(4)], 0.0)
-        before, policy_before = trainer.reference_predictions(noisy), trainer.predict(trainer.model, noisy).detach()
+        before, policy_before = (
+            trainer.reference_predictions(noisy),
+            trainer.predictions(trainer.model, noisy).detach(),
+        )
         trainer.train()
-        policy_after = trainer.predict(trainer.model, noisy).detach()
+        policy_after = trainer.predictions(trainer.model, noisy).detach()
         assert torch.equal(trainer.reference_predictions(noisy), before)
         assert (policy_after - policy_before).abs().max() > 1e-4
 

@@ -330,3 +330,8 @@ def test_loader_workers_give_the_same_training(pairs, config):
         MaPOTrainer(pipeline, config(dataloader_num_workers=workers), pairs).train()
         weights.append(weights_of(pipeline.unet))
     assert_equal_weights(*weights)
+
+
+def test_predictions_of_a_data_set_are_not_offered(pairs, config, tiny_pipeline):
+    with pytest.raises(NotImplementedError, match="trainer.pipeline"):
+        MaPOTrainer(tiny_pipeline, config(), pairs).predict(pairs)

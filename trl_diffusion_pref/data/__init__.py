@@ -1,7 +1,7 @@
 """From rows with a prompt and two images to batches of latents and prompt embeddings, encoded once."""
 
 from .collator import PairCollator
-from .columns import PAIR_COLUMNS, check_pair_columns, dataset_fingerprint
+from .columns import PAIR_COLUMNS, check_pair_columns, column_names, dataset_fingerprint
 from .encoding import (
     CONDITIONING_PREFIX,
     LATENT_COLUMNS,
@@ -23,6 +23,7 @@ __all__ = [
     "PairCollator",
     "PromptTable",
     "check_pair_columns",
+    "column_names",
     "corrupt_pairs",
     "dataset_fingerprint",
     "encode_pairs",

@@ -13,6 +13,11 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     return dataset._fingerprint
 
 
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns, from the first row where a stream does not know them before it is read."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
 def check_pair_columns(dataset: Any, what: str) -> None:
     """Refuses what is not a data set of preference pairs.
 
@@ -31,9 +36,7 @@ def check_pair_columns(dataset: Any, what: str) -> None:
             f"{what} is a {type(dataset).__name__}; pass a datasets.Dataset or IterableDataset (one split, not a "
             "dictionary of splits)."
         )
-    columns = dataset.column_names
-    if columns is None:
-        columns = list(next(iter(dataset), {}))
+    columns = column_names(dataset)
     missing = [name for name in PAIR_COLUMNS if name not in columns]
     if missing:
         raise ValueError(

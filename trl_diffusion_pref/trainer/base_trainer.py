@@ -35,9 +35,11 @@ from ..data import on_device
 from ..families import family_for
 from ..fingerprint import weights_fingerprint
 from ..hub import (
+    PEFT_PREFIX,
     check_exportable,
     export_lora,
     load_denoiser_weights,
+    save_all_but_denoiser,
     save_denoiser,
     save_pipeline,
     write_model_card,
@@ -277,9 +279,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
             base.unload_lora()
             model = get_peft_model(base, config)
-            set_peft_model_state_dict(
-                model, {f"base_model.model.{name}": tensor for name, tensor in state_dict.items()}
-            )
+            set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(f".{model.active_adapter}." in name)
         self._adapter_before = model
@@ -657,11 +657,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 shutil.copy(file, output_dir / file.name)
         else:
             name = self.family.denoiser_name
+            shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
             if not self._pipeline_pushed:
                 # The frozen parts once; what lies in the folder may be another run's.
-                save_pipeline(self.pipeline, self.family, output_dir, load_denoiser_weights(checkpoint / name))
+                save_all_but_denoiser(self.pipeline, self.family, output_dir)
                 self._pipeline_pushed = True
-            shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
         shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
         self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)

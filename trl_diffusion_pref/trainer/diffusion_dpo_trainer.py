@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..data import NoisyPairs, dataset_fingerprint
+from ..data import NoisyPairs, column_names, dataset_fingerprint
 from ..fingerprint import weights_fingerprint
 from ..likelihood import denoising_error
 from ..losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, preserve_winner
@@ -144,7 +144,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
     def reference_predictions(self, noisy: NoisyPairs) -> Tensor:
         """Predictions `(2B, ...)` of the reference."""
         with self.reference.applied() as module:
-            return self.predict(module, noisy)
+            return self.predictions(module, noisy)
 
     def _precompute(self) -> None:
         """Computes the reference's errors for all fixed draws, after which no reference is needed."""
@@ -212,10 +212,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
 
     def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
         column = args.soft_label_column
-        columns = dataset.column_names
-        if columns is None:  # a stream that does not know its columns before it is read
-            columns = list(next(iter(dataset), {}))
-        if args.loss_type != "irepo" or column not in columns:
+        if args.loss_type != "irepo" or column not in column_names(dataset):
             return ()
         if isinstance(dataset, Dataset):
             bad = [row for row, value in enumerate(dataset[column]) if value is None or not 0 < value < 1]
@@ -238,7 +235,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
     ) -> dict[str, Tensor]:
         args = self.args
-        prediction = self.predict(model, noisy)
+        prediction = self.predictions(model, noisy)
         chosen_error, rejected_error = denoising_error(prediction, noisy.target).chunk(2)
         ref_prediction = None if self._reference_errors else self.reference_predictions(noisy)
         if ref_prediction is None:

@@ -41,7 +41,7 @@ class MaPOTrainer(PairwiseTrainer):
     def pair_values(
         self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
     ) -> dict[str, Tensor]:
-        errors = denoising_error(self.predict(model, noisy), noisy.target).chunk(2)
+        errors = denoising_error(self.predictions(model, noisy), noisy.target).chunk(2)
         options = {
             "beta": self.args.beta,
             "snr_value": self.args.snr_value,

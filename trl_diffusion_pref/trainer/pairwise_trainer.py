@@ -72,13 +72,13 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         """The algorithm: `(B,)` float32 tensors, see `pair_metrics`.
 
         Args:
-            model: The trained model, possibly wrapped; `self.predict(model, noisy)` calls it.
+            model: The trained model, possibly wrapped; `self.predictions(model, noisy)` calls it.
             noisy: Noisy versions of both images of each pair.
             inputs: The collated batch.
             keys: What the noise was drawn from, one per pair.
         """
 
-    def predict(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
+    def predictions(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
         """Predictions `(2B, ...)`, from one call of a denoiser on both images of each pair."""
         x_t = noisy.x_t.to(self.dtype_of(model))
         return self.family.predict(model, x_t, noisy.model_time, noisy.conditioning)
@@ -109,6 +109,8 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
                 prompts += [prompt for prompt in dataset["prompt"] if isinstance(prompt, str)]
         if self.prompt_table is not None:
             prompts = [prompt for prompt in prompts if prompt not in self.prompt_table]
+            if not prompts:
+                return
         table = encode_prompt_table(
             prompts,
             self.pipeline,
@@ -118,7 +120,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         )
         if self.prompt_table is None:
             self.prompt_table = table
-        elif prompts:
+        else:
             self.prompt_table.add(table)
 
     def encode_dataset(
