@@ -10,8 +10,8 @@ import trl_diffusion_pref
 
 ROOT = Path(trl_diffusion_pref.__file__).parent
 # Each may import what stands before it.
-ORDER = ["losses", "noise", "likelihood", "randomness", "fingerprint", "version"]
-ORDER += ["families", "data", "evaluation", "hub", "trainer"]
+ORDER = ["losses", "noise", "likelihood", "trajectories", "randomness", "fingerprint", "architecture", "run_record"]
+ORDER += ["version", "families", "data", "guidance", "evaluation", "hub", "trainer"]
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "version.py")
 
 

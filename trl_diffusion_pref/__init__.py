@@ -4,7 +4,17 @@ from .trainer.diffusion_dpo_config import DiffusionDPOConfig
 from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from .trainer.mapo_config import MaPOConfig
 from .trainer.mapo_trainer import MaPOTrainer
+from .trainer.self_npo_config import SelfNPOConfig
+from .trainer.self_npo_trainer import SelfNPOTrainer
 from .version import __version__
 
 
-__all__ = ["DiffusionDPOConfig", "DiffusionDPOTrainer", "MaPOConfig", "MaPOTrainer", "__version__"]
+__all__ = [
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
+    "MaPOConfig",
+    "MaPOTrainer",
+    "SelfNPOConfig",
+    "SelfNPOTrainer",
+    "__version__",
+]

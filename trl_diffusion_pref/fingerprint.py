@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 _VALUES_PER_TENSOR = 64
@@ -25,8 +25,31 @@ def weights_fingerprint(module: nn.Module) -> str:
         digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        if flat.numel():
-            picks = torch.linspace(0, flat.numel() - 1, min(flat.numel(), _VALUES_PER_TENSOR), dtype=torch.float64)
-            digest.update(flat[picks.long().to(flat.device)].double().cpu().numpy().tobytes())
+        digest.update(_picked(tensor).double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def rounded_fingerprints(module: nn.Module) -> dict[str, str]:
+    """Fingerprints of a denoiser's own values, without adapters, after rounding to each half precision, by its name.
+
+    Loading the same weights in another precision keeps one of them: that of the lower precision.
+    """
+    digests = {str(dtype): hashlib.sha256() for dtype in (torch.float16, torch.bfloat16)}
+    own = {
+        name.replace(".base_layer", ""): tensor for name, tensor in module.state_dict().items() if ".lora_" not in name
+    }
+    for name, tensor in sorted(own.items()):
+        picked = _picked(tensor)
+        for dtype, digest in zip((torch.float16, torch.bfloat16), digests.values(), strict=True):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(picked.to(dtype).double().cpu().numpy().tobytes())
+    return {name.removeprefix("torch."): digest.hexdigest()[:16] for name, digest in digests.items()}
+
+
+def _picked(tensor: Tensor) -> Tensor:
+    """Up to `_VALUES_PER_TENSOR` evenly spaced values of a tensor."""
+    flat = tensor.detach().reshape(-1)
+    count = min(flat.numel(), _VALUES_PER_TENSOR)
+    # float64, because the last index of a large tensor is no float32 number
+    picks = torch.linspace(0, max(flat.numel() - 1, 0), count, dtype=torch.float64)
+    return flat[picks.long().to(flat.device)]

@@ -121,6 +121,7 @@ def write_model_card(
     folder: Path,
     *,
     method: str,
+    negative: bool,
     paper: dict[str, str],
     pipeline: DiffusionPipeline,
     base_model: str | None,
@@ -135,6 +136,7 @@ def write_model_card(
     """Writes `README.md`, after everything else, since PEFT rewrites the front matter of a card that it finds.
 
     Args:
+        negative: Whether the card is of a negative model, which is sampled with as such.
         base_model: Hub id, or None where the base came from a folder that others do not have.
         options: What was trained with, shown as a table.
     """
@@ -151,6 +153,7 @@ def write_model_card(
         template_path=str(_TEMPLATE),
         title=model_name or folder.name,
         method=method,
+        negative=negative,
         paper=paper,
         pipeline_class=type(pipeline).__name__,
         base=base_model,

@@ -315,3 +315,40 @@ def check_diffusion_dpo_options(
         raise ValueError(f"dmpo_alpha={dmpo_alpha} is outside (0, 1).")
     if margin_clip is not None and not margin_clip > 0:
         raise ValueError(f"margin_clip={margin_clip}: it must be positive, or None.")
+
+
+SELF_NPO_LOSS_TYPES = ("huber", "l2")
+
+
+def self_npo_loss(
+    predicted_x0: Tensor, target_x0: Tensor, *, loss_type: str = "huber", huber_c: float = 1e-3
+) -> Tensor:
+    """Self-NPO (arXiv 2505.11777): distance of the student's clean latents from the teacher's.
+
+    Args:
+        predicted_x0, target_x0: `(B, ...)`, any floating dtype; the target carries no gradient.
+        loss_type: "huber", the released code's pseudo-Huber loss `sqrt(d^2 + c^2) - c`, or "l2", the paper's squared
+            error. Both are means over a sample's elements.
+        huber_c: c, 1e-3 in the released code.
+
+    Returns:
+        `(B,)` float32.
+
+    Raises:
+        ValueError: Unknown loss type, non-positive c, or shapes that differ.
+    """
+    check_self_npo_options(loss_type, huber_c)
+    if predicted_x0.shape != target_x0.shape:
+        raise ValueError(f"predicted_x0 has shape {tuple(predicted_x0.shape)}, target_x0 {tuple(target_x0.shape)}.")
+    squared = (predicted_x0.float() - target_x0.detach().float()).square()
+    if loss_type == "huber":
+        squared = (squared + huber_c**2).sqrt() - huber_c
+    return squared.flatten(1).mean(dim=1)
+
+
+def check_self_npo_options(loss_type: str, huber_c: float) -> None:
+    """Raises a ValueError where `self_npo_loss` could not be computed."""
+    if loss_type not in SELF_NPO_LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is none of {', '.join(SELF_NPO_LOSS_TYPES)}.")
+    if huber_c <= 0:
+        raise ValueError(f"huber_c={huber_c}: it must be positive.")

@@ -19,7 +19,7 @@ _ZERO_SNR = 1e-6
 _FIRST_FLOW_TIME = 1e-3
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshapes `(B,)` to `(B, 1, ..., 1)` with the dimensions of `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
@@ -55,8 +55,24 @@ class NoiseProcess(ABC):
         """The clean latents that a prediction at `x_t` stands for."""
 
     @abstractmethod
+    def predict_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that a prediction at `x_t` stands for."""
+
+    @abstractmethod
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         """`(n,)` random training times on the generator's device."""
+
+    @abstractmethod
+    def solver_times(self, steps: int) -> Tensor:
+        """Times `(steps + 1,)` of a solver that goes from the noisiest, which comes last, to the first, without noise.
+
+        Raises:
+            ValueError: Fewer than one step, or more than the process has times.
+        """
+
+    @abstractmethod
+    def sample_later(self, t: Tensor, uniform: Tensor) -> Tensor:
+        """Times `(B,)`, uniform over those later than t, from `(B,)` numbers in [0, 1)."""
 
     @abstractmethod
     def times_at(self, quantiles: Tensor) -> Tensor:
@@ -77,7 +93,7 @@ class NoiseProcess(ABC):
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """`x_t` for clean latents `x0`."""
         alpha, sigma = self.alpha_sigma(t)
-        return _per_sample(alpha, x0) * x0.float() + _per_sample(sigma, x0) * noise.float()
+        return per_sample(alpha, x0) * x0.float() + per_sample(sigma, x0) * noise.float()
 
     def renoise(self, x_t: Tensor, noise: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Brings `x_t` forward to the noisier time s: `x_s = (a_s/a_t) x_t + sqrt(s_s^2 - s_t^2 a_s^2/a_t^2) noise`.
@@ -94,7 +110,7 @@ class NoiseProcess(ABC):
         ratio = alpha_s / alpha_t
         # Rounding can push the variance of s = t a hair below zero.
         added = (sigma_s.square() - (sigma_t * ratio).square()).clamp_min(0.0).sqrt()
-        return _per_sample(ratio, x_t) * x_t.float() + _per_sample(added, x_t) * noise.float()
+        return per_sample(ratio, x_t) * x_t.float() + per_sample(added, x_t) * noise.float()
 
 
 class VariancePreserving(NoiseProcess):
@@ -134,16 +150,36 @@ class VariancePreserving(NoiseProcess):
             return noise.float()
         if self.prediction_type == "sample":
             return x0.float()
-        alpha, sigma = (_per_sample(value, x0) for value in self.alpha_sigma(t))
+        alpha, sigma = (per_sample(value, x0) for value in self.alpha_sigma(t))
         return alpha * noise.float() - sigma * x0.float()
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (_per_sample(value, x_t) for value in self.alpha_sigma(t))
+        alpha, sigma = (per_sample(value, x_t) for value in self.alpha_sigma(t))
         if self.prediction_type == "epsilon":
             return (x_t.float() - sigma * prediction.float()) / alpha
         if self.prediction_type == "sample":
             return prediction.float()
         return alpha * x_t.float() - sigma * prediction.float()
+
+    def predict_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return prediction.float()
+        alpha, sigma = (per_sample(value, x_t) for value in self.alpha_sigma(t))
+        if self.prediction_type == "v_prediction":
+            return sigma * x_t.float() + alpha * prediction.float()
+        return (x_t.float() - alpha * prediction.float()) / sigma
+
+    def solver_times(self, steps: int) -> Tensor:
+        """DDIM's grid with trailing spacing: 0, then every T/steps-th time; with 25 steps of 1000: 0, 39, ..., 999."""
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"{steps} solver steps: there must be 1 to {self.num_train_timesteps}.")
+        times = (torch.arange(1, steps + 1) * (self.num_train_timesteps / steps)).round().long() - 1
+        return torch.cat([torch.zeros(1, dtype=torch.int64), times])
+
+    def sample_later(self, t: Tensor, uniform: Tensor) -> Tensor:
+        last = self.num_train_timesteps - 1
+        # float32 rounds a product of a number just below 1 up
+        return (t + 1 + (uniform * (last - t)).long()).clamp(max=last)
 
     def times_at(self, quantiles: Tensor) -> Tensor:
         steps = self.num_train_timesteps
@@ -186,7 +222,18 @@ class RectifiedFlow(NoiseProcess):
         return noise.float() - x0.float()
 
     def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
+        return x_t.float() - per_sample(t.float(), x_t) * prediction.float()
+
+    def predict_noise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t.float() + per_sample(1 - t.float(), x_t) * prediction.float()
+
+    def solver_times(self, steps: int) -> Tensor:
+        if steps < 1:
+            raise ValueError(f"{steps} solver steps: there must be at least 1.")
+        return torch.arange(steps + 1) / steps
+
+    def sample_later(self, t: Tensor, uniform: Tensor) -> Tensor:
+        return 1 - uniform.to(t) * (1 - t)
 
     def times_at(self, quantiles: Tensor) -> Tensor:
         # At t = 0 there is no noise to predict, and the ELBO's weight is infinite.

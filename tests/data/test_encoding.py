@@ -8,11 +8,11 @@ from PIL import Image
 from trl_diffusion_pref.data import (
     CONDITIONING_PREFIX,
     EncodingOptions,
-    PairCollator,
-    encode_pairs,
+    RowCollator,
     encode_prompt_table,
+    encode_rows,
     on_device,
-    stream_pairs,
+    stream_rows,
 )
 from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.shapes import preference_pairs
@@ -20,7 +20,7 @@ from trl_diffusion_pref.shapes import preference_pairs
 
 def encode(dataset, pipeline, cache, **options) -> Dataset:
     options = EncodingOptions(**{"resolution": RESOLUTION, **options})
-    return encode_pairs(
+    return encode_rows(
         dataset, pipeline, family_for(pipeline), options, what="train_dataset", cache_folder=cache, batch_size=3
     )
 
@@ -165,7 +165,7 @@ def test_a_streamed_data_set_gives_the_same_batches(tiny_pipeline, tmp_path):
     dataset, family = preference_pairs(5), family_for(tiny_pipeline)
     stored = encode(dataset, tiny_pipeline, tmp_path)
     table = encode_prompt_table(dataset["prompt"], tiny_pipeline, family, cache_folder=tmp_path, batch_size=8)
-    streamed = stream_pairs(
+    streamed = stream_rows(
         dataset.to_iterable_dataset(),
         tiny_pipeline,
         family,
@@ -173,8 +173,8 @@ def test_a_streamed_data_set_gives_the_same_batches(tiny_pipeline, tmp_path):
         what="train_dataset",
         batch_size=2,
     )
-    batch = PairCollator(table)([stored[i] for i in range(5)])
-    other = PairCollator(table)(list(streamed))
+    batch = RowCollator(table)([stored[i] for i in range(5)])
+    other = RowCollator(table)(list(streamed))
     assert batch.keys() == other.keys()
     assert CONDITIONING_PREFIX + "prompt_embeds" in batch
     for name in batch:

@@ -1,14 +1,15 @@
 """From rows with a prompt and two images to batches of latents and prompt embeddings, encoded once."""
 
-from .collator import PairCollator
-from .columns import PAIR_COLUMNS, check_pair_columns, column_names, dataset_fingerprint
+from .collator import RowCollator, conditioning_of
+from .columns import PAIR_COLUMNS, check_columns, column_names, dataset_fingerprint
 from .encoding import (
     CONDITIONING_PREFIX,
-    LATENT_COLUMNS,
     EncodingOptions,
-    encode_pairs,
+    encode_rows,
+    latent_columns,
+    latent_shape,
     on_device,
-    stream_pairs,
+    stream_rows,
 )
 from .noisy import NoisyPairs, corrupt_pairs, pair_conditioning, pair_latents
 from .prompts import PromptTable, encode_prompt_table
@@ -16,20 +17,22 @@ from .prompts import PromptTable, encode_prompt_table
 
 __all__ = [
     "CONDITIONING_PREFIX",
-    "LATENT_COLUMNS",
     "PAIR_COLUMNS",
     "NoisyPairs",
     "EncodingOptions",
-    "PairCollator",
+    "RowCollator",
     "PromptTable",
-    "check_pair_columns",
+    "check_columns",
     "column_names",
+    "conditioning_of",
     "corrupt_pairs",
     "dataset_fingerprint",
-    "encode_pairs",
+    "encode_rows",
     "encode_prompt_table",
+    "latent_columns",
+    "latent_shape",
     "on_device",
     "pair_conditioning",
     "pair_latents",
-    "stream_pairs",
+    "stream_rows",
 ]

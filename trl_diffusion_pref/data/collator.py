@@ -1,34 +1,36 @@
-"""Stacks encoded pairs into a batch."""
+"""Stacks encoded rows into a batch."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .encoding import CONDITIONING_PREFIX, LATENT_COLUMNS
+from .encoding import CONDITIONING_PREFIX, latent_columns
 from .prompts import PromptTable
 
 
-class PairCollator:
+class RowCollator:
     """Turns rows of an encoded data set into tensors.
 
     Args:
         prompts: Table of prompt embeddings, for rows that do not carry their own as streamed ones do.
+        image_columns: Those that were encoded.
     """
 
-    def __init__(self, prompts: PromptTable) -> None:
+    def __init__(self, prompts: PromptTable, image_columns: tuple[str, ...] = ("chosen", "rejected")) -> None:
         self.prompts = prompts
+        self.latent_columns = latent_columns(image_columns)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Batch of B rows.
 
         Returns:
-            `chosen_mean`, `chosen_std`, `rejected_mean`, `rejected_std`: `(B, C, h, w)` float32; `row`: `(B,)` int64
-            position in the data set that was passed to the trainer; `conditioning/<name>`: `(B, ...)` float32; other
-            columns: `(B,)` float32.
+            `<image column>_mean`, `<image column>_std`: `(B, C, h, w)` float32; `row`: `(B,)` int64 position in the
+            data set that was passed to the trainer; `conditioning/<name>`: `(B, ...)` float32; other columns: `(B,)`
+            float32.
         """
-        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in LATENT_COLUMNS}
-        others = rows[0].keys() - {*LATENT_COLUMNS, "prompt", "row"}
+        batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in self.latent_columns}
+        others = rows[0].keys() - {*self.latent_columns, "prompt", "row"}
         extra = [name for name in others if not name.startswith(CONDITIONING_PREFIX)]
         batch |= {name: torch.tensor([float(row[name]) for row in rows]) for name in sorted(extra)}
         batch["row"] = torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64)
@@ -38,3 +40,12 @@ class PairCollator:
             conditioning = self.prompts([row["prompt"] for row in rows])
             batch |= {CONDITIONING_PREFIX + name: tensor for name, tensor in conditioning.items()}
         return batch
+
+
+def conditioning_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conditioning `(B, ...)` of a collated batch, by the names that `Family.predict` knows."""
+    return {
+        name.removeprefix(CONDITIONING_PREFIX): tensor
+        for name, tensor in batch.items()
+        if name.startswith(CONDITIONING_PREFIX)
+    }

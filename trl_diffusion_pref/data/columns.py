@@ -1,4 +1,4 @@
-"""Which columns a preference data set must have, and what their cells may hold."""
+"""Which columns a data set must have, and what their cells may hold."""
 
 from typing import Any
 
@@ -18,26 +18,29 @@ def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
-def check_pair_columns(dataset: Any, what: str) -> None:
-    """Refuses what is not a data set of preference pairs.
+def check_columns(dataset: Any, what: str, needed: tuple[str, ...] = PAIR_COLUMNS) -> None:
+    """Refuses what is not a data set with the needed columns.
 
     Args:
         dataset: What the caller passed.
         what: "train_dataset" or "eval_dataset", for the message.
+        needed: Column names.
 
     Raises:
         ValueError: No data set, an empty one, or missing columns.
         TypeError: Not a `datasets.Dataset` or `IterableDataset`.
     """
     if dataset is None:
-        raise ValueError(f"{what} is missing: pass a datasets.Dataset with the columns {', '.join(PAIR_COLUMNS)}.")
+        raise ValueError(
+            f"{what} is missing: pass a datasets.Dataset with the column{'s' * (len(needed) > 1)} {', '.join(needed)}."
+        )
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"{what} is a {type(dataset).__name__}; pass a datasets.Dataset or IterableDataset (one split, not a "
             "dictionary of splits)."
         )
     columns = column_names(dataset)
-    missing = [name for name in PAIR_COLUMNS if name not in columns]
+    missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(
             f"{what} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; found: "

@@ -1,4 +1,4 @@
-"""Encodes a data set of pairs once: images to latent posteriors, in `datasets`' cache."""
+"""Encodes a data set's images once, to latent posteriors, in `datasets`' cache; and streams the same."""
 
 import os
 from collections.abc import Iterator
@@ -14,18 +14,23 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
+from PIL import Image as PILImage
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
-from .columns import PAIR_COLUMNS, check_prompts, dataset_fingerprint, raise_row_problems
+from .columns import check_prompts, dataset_fingerprint, raise_row_problems
 from .images import ImageProblem, decode_image, prepare_image
 
 
-LATENT_COLUMNS = ("chosen_mean", "chosen_std", "rejected_mean", "rejected_std")
 CONDITIONING_PREFIX = "conditioning/"
 # Part of the cache's key: raise it when encoded values change for the same inputs.
 _ENCODING_VERSION = 1
+
+
+def latent_columns(image_columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that encoding makes of image columns: each posterior's mean and standard deviation."""
+    return tuple(f"{column}_{part}" for column in image_columns for part in ("mean", "std"))
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,15 @@ class EncodingOptions:
         crop: "center" or "random" (one place per pair, drawn once from the seed and the row).
         random_flip: Whether each pair is mirrored with probability 1/2 (one decision per pair, likewise).
         seed: Of these draws.
+        image_columns: The columns that hold images. They are encoded alike, with the same crop and flip within a row;
+            none where prompts are all there is.
     """
 
     resolution: int
     crop: str = "center"
     random_flip: bool = False
     seed: int = 0
+    image_columns: tuple[str, ...] = ("chosen", "rejected")
 
 
 @contextmanager
@@ -59,7 +67,7 @@ def on_device(pipeline: DiffusionPipeline, family: Family, device: torch.device)
             encoder.to(place).train(training)
 
 
-class _PairEncoder:
+class _RowEncoder:
     """Encodes a batch of rows; the function that `map` calls."""
 
     def __init__(
@@ -79,12 +87,13 @@ class _PairEncoder:
         check_prompts(batch["prompt"], rows, self.what)
         # Made here and not kept: data loader workers get this object by pickling or by forking.
         with ThreadPoolExecutor(max_workers=4) as pool:
-            prepared = list(pool.map(self._prepare_pair, rows, batch["chosen"], batch["rejected"]))
+            cells = [batch[column] for column in self.options.image_columns]
+            prepared = list(pool.map(self._prepare_images, rows, zip(*cells, strict=True))) if cells else []
         raise_row_problems([problem for problems, _ in prepared for problem in problems], self.what)
         encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
         encoded |= {name: batch[name] for name in self.extra_columns}
-        for index, column in enumerate(("chosen", "rejected")):
-            pixels = torch.stack([pair[index] for _, pair in prepared])
+        for index, column in enumerate(self.options.image_columns):
+            pixels = torch.stack([images[index] for _, images in prepared])
             mean, std = self.family.encode_images(self.pipeline, pixels)
             finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
             raise_row_problems(
@@ -102,41 +111,48 @@ class _PairEncoder:
             encoded |= {CONDITIONING_PREFIX + name: tensor.cpu().numpy() for name, tensor in conditioning.items()}
         return encoded
 
-    def _prepare_pair(self, row: int, chosen: Any, rejected: Any) -> tuple[list[str], list[torch.Tensor]]:
+    def _prepare_images(self, row: int, cells: tuple[Any, ...]) -> tuple[list[str], list[torch.Tensor]]:
         rng = np.random.default_rng([self.options.seed, row])
         crop_at = tuple(rng.random(2)) if self.options.crop == "random" else (0.5, 0.5)
         flip = self.options.random_flip and bool(rng.random() < 0.5)
         problems, images = [], []
-        for column, cell in (("chosen", chosen), ("rejected", rejected)):
+        for column, cell in zip(self.options.image_columns, cells, strict=True):
             try:
                 images.append(decode_image(cell))
             except ImageProblem as problem:
                 problems.append(f"row {row}, column '{column}': {problem}")
-        if not problems and images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
-            problems.append(f"row {row}, columns 'chosen' and 'rejected': the same image, so there is no preference")
+        if not problems and len(images) == 2 and _same(*images):
+            names = " and ".join(repr(column) for column in self.options.image_columns)
+            problems.append(f"row {row}, columns {names}: the same image, so there is no preference")
         if problems:
             return problems, []
         return problems, [prepare_image(image, self.options.resolution, crop_at, flip) for image in images]
 
 
-def _undecoded(dataset: Dataset | IterableDataset, extra_columns: tuple[str, ...]) -> Dataset | IterableDataset:
+def _same(one: PILImage.Image, other: PILImage.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def _undecoded(
+    dataset: Dataset | IterableDataset, image_columns: tuple[str, ...], extra_columns: tuple[str, ...]
+) -> Dataset | IterableDataset:
     """The columns needed, images as bytes or paths, so that decoding errors are ours to explain."""
-    dataset = dataset.select_columns([*PAIR_COLUMNS, *extra_columns])
+    dataset = dataset.select_columns(["prompt", *image_columns, *extra_columns])
     # A stream may not know its columns' types before it is read; its cells are then taken as they come.
     if dataset.features is None:
         return dataset
-    for column in ("chosen", "rejected"):
+    for column in image_columns:
         dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
 
 
-def _file_stamps(undecoded: Dataset) -> list[tuple[str, int, int]]:
+def _file_stamps(undecoded: Dataset, image_columns: tuple[str, ...]) -> list[tuple[str, int, int]]:
     """Path, time of change and size of images in files of their own, which a data set's fingerprint misses.
 
     Looks at the whole Arrow table, also where the data set is a selection of it: that copies no image bytes.
     """
     stamps = []
-    for column in ("chosen", "rejected"):
+    for column in image_columns:
         cells = undecoded.data.column(column)
         outside = pc.fill_null(pc.is_null(pc.struct_field(cells, "bytes")), False)
         for path in pc.filter(pc.struct_field(cells, "path"), outside).to_pylist():
@@ -146,12 +162,21 @@ def _file_stamps(undecoded: Dataset) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def _latent_shapes(pipeline: DiffusionPipeline, family: Family, resolution: int) -> dict[str, tuple[int, ...]]:
+def latent_shape(pipeline: DiffusionPipeline, family: Family, resolution: int) -> tuple[int, ...]:
+    """Shape `(C, h, w)` of the latents of a square image, found by encoding one."""
     mean, _ = family.encode_images(pipeline, torch.zeros(1, 3, resolution, resolution))
-    return dict.fromkeys(LATENT_COLUMNS, tuple(mean.shape[1:]))
+    return tuple(mean.shape[1:])
 
 
-def encode_pairs(
+def _latent_shapes(
+    pipeline: DiffusionPipeline, family: Family, options: EncodingOptions
+) -> dict[str, tuple[int, ...]]:
+    if not options.image_columns:
+        return {}
+    return dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, options.resolution))
+
+
+def encode_rows(
     dataset: Dataset,
     pipeline: DiffusionPipeline,
     family: Family,
@@ -162,22 +187,22 @@ def encode_pairs(
     batch_size: int,
     extra_columns: tuple[str, ...] = (),
 ) -> Dataset:
-    """Encodes every pair, or finds it in the cache.
+    """Encodes every row, or finds it in the cache.
 
     The cache's key covers the data set, the encoders' weights, the options and nothing else, so that runs that differ
     in learning rate or algorithm share it.
 
     Args:
-        dataset: Columns `prompt`, `chosen`, `rejected`.
+        dataset: Columns `prompt` and `options.image_columns`.
         pipeline: Its encoders are used where they are; see `on_device`.
         what: How messages call the data set.
         cache_folder: Holds one Arrow file per key.
-        batch_size: Pairs per call of the VAE.
+        batch_size: Rows per call of the VAE.
         extra_columns: Numeric columns to keep, as float32.
 
     Returns:
-        Data set of the same length with `prompt` (str), `row` (int64), `LATENT_COLUMNS` (float32 arrays) and the extra
-        columns.
+        Data set of the same length with `prompt` (str), `row` (int64), `latent_columns(options.image_columns)`
+        (float32 arrays) and the extra columns.
 
     Raises:
         ValueError: A row cannot be used; the message names row and column. The cache then holds nothing.
@@ -185,27 +210,28 @@ def encode_pairs(
     # Prompts are cheap to read, so all are checked before hours of encoding.
     check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
     encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
-    undecoded = _undecoded(dataset, extra_columns)
-    content = [dataset_fingerprint(dataset), _file_stamps(undecoded), extra_columns]
+    images = options.image_columns
+    undecoded = _undecoded(dataset, images, extra_columns)
+    content = [dataset_fingerprint(dataset), _file_stamps(undecoded, images), extra_columns]
     # Without random crops and flips the seed plays no part.
     used = options if options.crop == "random" or options.random_flip else replace(options, seed=0)
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used)])
-    shapes = _latent_shapes(pipeline, family, options.resolution)
+    shapes = _latent_shapes(pipeline, family, options)
     encoded = undecoded.map(
-        _PairEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
+        _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
         batched=True,
         with_indices=True,
         batch_size=batch_size,
-        remove_columns=[*PAIR_COLUMNS, *extra_columns],
+        remove_columns=["prompt", *options.image_columns, *extra_columns],
         features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
         new_fingerprint=fingerprint,
-        cache_file_name=str(cache_folder / f"pairs-{fingerprint}.arrow"),
+        cache_file_name=str(cache_folder / f"rows-{fingerprint}.arrow"),
         desc=f"Encoding {what}",
     )
     return encoded.with_format("torch")
 
 
-def stream_pairs(
+def stream_rows(
     dataset: IterableDataset,
     pipeline: DiffusionPipeline,
     family: Family,
@@ -219,15 +245,15 @@ def stream_pairs(
 
     Rows carry their prompt's conditioning too, in columns that begin with `CONDITIONING_PREFIX`.
     """
-    shapes = _latent_shapes(pipeline, family, options.resolution)
+    shapes = _latent_shapes(pipeline, family, options)
     for name, tensor in family.encode_prompts(pipeline, [""]).items():
         shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
-    encoded = _undecoded(dataset, extra_columns).map(
-        _PairEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),
+    encoded = _undecoded(dataset, options.image_columns, extra_columns).map(
+        _RowEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),
         batched=True,
         with_indices=True,
         batch_size=batch_size,
-        remove_columns=[*PAIR_COLUMNS, *extra_columns],
+        remove_columns=["prompt", *options.image_columns, *extra_columns],
         features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
     )
     return encoded.with_format("torch")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..noise import NoiseProcess
 from ..randomness import PairDraws
-from .encoding import CONDITIONING_PREFIX
+from .collator import conditioning_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def corrupt_pairs(
     """Corrupts a collated batch. Both images of a pair get the same noise, time and prompt.
 
     Args:
-        batch: From `PairCollator`.
+        batch: From `RowCollator`.
         draws: Of the same B pairs.
         sample_posterior: Whether latents are drawn from the VAE's posterior or its mean is taken.
         prompt_dropout: Share of pairs that get the empty prompt, decided by `draws.uniform`.
@@ -69,8 +69,4 @@ def pair_latents(batch: dict[str, Tensor], posterior_noise: tuple[Tensor, Tensor
 
 def pair_conditioning(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Conditioning `(2B, ...)` of a batch, each pair's for both of its images."""
-    return {
-        name.removeprefix(CONDITIONING_PREFIX): torch.cat([tensor] * 2)
-        for name, tensor in batch.items()
-        if name.startswith(CONDITIONING_PREFIX)
-    }
+    return {name: torch.cat([tensor] * 2) for name, tensor in conditioning_of(batch).items()}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..data import (
     EncodingOptions,
-    PairCollator,
-    check_pair_columns,
-    encode_pairs,
+    RowCollator,
+    check_columns,
     encode_prompt_table,
+    encode_rows,
     on_device,
     pair_conditioning,
     pair_latents,
@@ -135,7 +135,7 @@ def preference_accuracy(
         ValueError: The data set is missing, empty, lacks columns or has unusable rows.
         TypeError: Unsupported pipeline, or a reference of another class.
     """
-    check_pair_columns(dataset, "dataset")
+    check_columns(dataset, "dataset")
     family = family_for(pipeline)
     if reference is not None and family_for(reference) is not family:
         raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
@@ -145,10 +145,10 @@ def preference_accuracy(
         with on_device(pipeline, family, family.denoiser(pipeline).device):
             common = {"cache_folder": folder, "batch_size": batch_size}
             table = encode_prompt_table(dataset["prompt"], pipeline, family, **common)
-            encoded = encode_pairs(dataset, pipeline, family, options, what="dataset", **common)
+            encoded = encode_rows(dataset, pipeline, family, options, what="dataset", **common)
         settings = {"seed": seed, "draws": draws, "sampling": sampling, "weighting": weighting, "shared": shared}
         elbos, reference_elbos = (
-            None if model is None else _all_elbos(model, family, encoded, PairCollator(table), batch_size, settings)
+            None if model is None else _all_elbos(model, family, encoded, RowCollator(table), batch_size, settings)
             for model in (pipeline, reference)
         )
     likelihood = wins(elbos[:, 0] - elbos[:, 1])
@@ -171,7 +171,7 @@ def _all_elbos(
     pipeline: DiffusionPipeline,
     family: Family,
     encoded: Dataset,
-    collate: PairCollator,
+    collate: RowCollator,
     batch_size: int,
     settings: dict,
 ) -> Tensor:

@@ -33,7 +33,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ..data import on_device
 from ..families import family_for
-from ..fingerprint import weights_fingerprint
+from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..hub import (
     PEFT_PREFIX,
     check_exportable,
@@ -45,17 +45,12 @@ from ..hub import (
     write_model_card,
 )
 from ..noise import noise_process
+from ..run_record import RUN_RECORD, write_run_record
 from .base_config import DiffusionPreferenceConfig
-from .checkpoints import (
-    RUN_RECORD,
-    check_checkpoint_base,
-    check_same_base,
-    checkpoint_problem,
-    last_complete_checkpoint,
-    write_run_record,
-)
+from .checkpoints import check_checkpoint_base, check_same_base, checkpoint_problem, last_complete_checkpoint
 from .denormals import flush_denormals
 from .divergence import DivergenceError
+from .published import published
 from .references import REFERENCE_ADAPTER
 
 
@@ -75,6 +70,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     config_class: ClassVar[type[DiffusionPreferenceConfig]]
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
+    # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
+    trains_negative = False
+    # What the model card says, where it is not the algorithm's name.
+    _method: str | None = None
+    # What a batch is made of.
+    sample_name = "pairs"
 
     def __init__(
         self,
@@ -92,10 +93,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self._check_datasets(train_dataset, eval_dataset)
         self.pipeline = self._load_pipeline(model, args)
         self.family = family_for(self.pipeline)
+        for name, value in published(self._name, self.family.pipeline_class).values.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         self.noise_process = noise_process(self.pipeline.scheduler)
         base = self._base_denoiser()
         self._base_model = self._hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
+        self._rounded_fingerprints = rounded_fingerprints(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
 
         self._check_trainable(base, peft_config)
@@ -177,6 +182,10 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     @abstractmethod
     def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
         """One key per sample of the batch."""
+
+    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch on its device as the algorithm takes it."""
+        return inputs
 
     # ---- Construction --------------------------------------------------------------------------------------------
 
@@ -395,6 +404,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if model.training:
             self._record(values, inputs["row"])
         return (loss, values) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self.arranged(super()._prepare_inputs(inputs))
 
     def _record(self, values: dict[str, Tensor], rows: Tensor) -> None:
         """Averages a batch's values over all processes; stops everywhere at once if a loss is not finite."""
@@ -618,7 +630,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             "trainer": type(self).__name__,
             "base_model": self._base_model,
             "base_fingerprint": self._base_fingerprint,
+            "base_fingerprint_rounded": self._rounded_fingerprints,
             "pipeline_class": self.family.pipeline_class,
+            "negative": self.trains_negative,
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -688,18 +702,20 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             "optim",
             "max_grad_norm",
             "seed",
+            "weight_decay",
             "prompt_dropout",
             *sorted(own),
         ]
         options = {name: getattr(self.args, name) for name in shown}
         options = {name: getattr(value, "value", value) for name, value in options.items()}
-        options["pairs per step"] = (
+        options[f"{self.sample_name} per step"] = (
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )
         options["steps"] = self.state.global_step
         write_model_card(
             folder,
-            method=self._name,
+            method=self._method or self._name,
+            negative=self.trains_negative,
             paper=self._paper,
             pipeline=self.pipeline,
             base_model=self._base_model,
@@ -709,7 +725,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             model_name=model_name,
             repo_id=self.hub_model_id,
             dataset_name=dataset_name,
-            tags=[*self._tag_names, *tags],
+            tags=[*self._tag_names, *(["negative-model"] if self.trains_negative else []), *tags],
         )
 
 

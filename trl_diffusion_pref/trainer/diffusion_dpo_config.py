@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ..losses import DIFFUSION_DPO_LOSS_TYPES, check_diffusion_dpo_options
-from .base_config import DiffusionPreferenceConfig
+from .pairwise_config import PairwiseConfig
 
 
 REFERENCES = ("auto", "adapter_off", "frozen_adapter", "copy", "precomputed")
@@ -11,9 +11,9 @@ GUARDS = ("stop", "warn", "off")
 
 
 @dataclass
-class DiffusionDPOConfig(DiffusionPreferenceConfig):
+class DiffusionDPOConfig(PairwiseConfig):
     r"""
-    Configuration of [`DiffusionDPOTrainer`]: the options of [`DiffusionPreferenceConfig`] and transformers'
+    Configuration of [`DiffusionDPOTrainer`]: the options of [`PairwiseConfig`] and transformers'
     [`~transformers.TrainingArguments`], and the following.
 
     > Parameters that control the loss

@@ -9,11 +9,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from trl.trainer.utils import disable_dropout_in_model
 
+from ..architecture import different_parameters
 from ..data import NoisyPairs, column_names, dataset_fingerprint
 from ..fingerprint import weights_fingerprint
 from ..likelihood import denoising_error
@@ -23,11 +22,8 @@ from .base_config import DiffusionPreferenceConfig
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .divergence import DivergenceGuard
 from .pairwise_trainer import PairwiseTrainer
-from .references import AdapterOff, FrozenAdapter, FrozenModel, Itself, Reference
+from .references import AdapterOff, FrozenAdapter, FrozenModel, Itself, MoveReference, Reference
 from .row_tables import load_or_compute
-
-
-_REFERENCE_FILE = "reference.safetensors"
 
 
 class DiffusionDPOTrainer(PairwiseTrainer):
@@ -75,7 +71,9 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             # accelerate keeps what it prepared, and would keep a model of the user's in memory.
             self.accelerator.free_memory()
         if self.args.sync_ref_model:
-            self.add_callback(_ReferenceSync(self))
+            self.add_callback(
+                MoveReference(self, self.reference, self.args.ref_model_mixup_alpha, self.args.ref_model_sync_steps)
+            )
         self.divergence_guard: DivergenceGuard | None = None
         if self.args.divergence_guard != "off":
             self.divergence_guard = DivergenceGuard(
@@ -125,15 +123,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
                 "ref_model is the very model that is trained, so it would change with it. Leave it out: the trainer "
                 "makes its own reference."
             )
-        shapes = [
-            {name.replace(".base_layer", ""): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-            for module in (base, ref_model)
-        ]
-        shapes[0] = {name: shape for name, shape in shapes[0].items() if "lora_" not in name}
-        if shapes[0] != shapes[1]:
-            different = sorted(
-                name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
-            )
+        different = different_parameters(base, ref_model)
+        if different:
             raise ValueError(
                 f"ref_model ({type(ref_model).__name__}) has another architecture than the trained "
                 f"{type(base).__name__}: {len(different)} parameters differ, first {different[0]}. Pass a model of "
@@ -182,6 +173,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
 
         record = {
             "what": f"reference errors, {name}",
+            "negative": self.args.negative,
             "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
@@ -295,26 +287,9 @@ class DiffusionDPOTrainer(PairwiseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.sync_ref_model and self._writing_checkpoint and self.args.should_save:
-            weights = {
-                name: tensor.detach().cpu().contiguous() for name, tensor in self.reference.parameters().items()
-            }
-            save_file(weights, Path(output_dir) / _REFERENCE_FILE)
+            self.reference.save(Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.sync_ref_model:
-            stored = load_file(Path(resume_from_checkpoint) / _REFERENCE_FILE)
-            for name, parameter in self.reference.parameters().items():
-                parameter.data.copy_(stored[name])
-
-
-class _ReferenceSync(TrainerCallback):
-    """Moves the reference towards the policy every so many steps."""
-
-    def __init__(self, trainer: DiffusionDPOTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % args.ref_model_sync_steps == 0:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            self.trainer.reference.move_towards(model, args.ref_model_mixup_alpha)
+            self.reference.load(Path(resume_from_checkpoint))

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 
 from ..losses import MAPO_LOSS_TYPES, check_mapo_options
-from .base_config import DiffusionPreferenceConfig
+from .pairwise_config import PairwiseConfig
 
 
 @dataclass
-class MaPOConfig(DiffusionPreferenceConfig):
+class MaPOConfig(PairwiseConfig):
     r"""
-    Configuration of [`MaPOTrainer`]: the options of [`DiffusionPreferenceConfig`] and transformers'
+    Configuration of [`MaPOTrainer`]: the options of [`PairwiseConfig`] and transformers'
     [`~transformers.TrainingArguments`], and the following.
 
     > Parameters that control the loss

@@ -1,35 +1,29 @@
 """Trainers on preference pairs: from a batch of encoded pairs to predictions for both images. Knows no loss."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from ..data import (
-    LATENT_COLUMNS,
-    EncodingOptions,
-    NoisyPairs,
-    PairCollator,
-    PromptTable,
-    check_pair_columns,
-    corrupt_pairs,
-    dataset_fingerprint,
-    encode_pairs,
-    encode_prompt_table,
-    stream_pairs,
-)
+from ..data import NoisyPairs, corrupt_pairs, dataset_fingerprint, latent_columns
 from ..evaluation import bootstrap_interval, pair_elbos, wins
-from ..randomness import EVALUATION, TRAINING, draw_pairs
-from .base_config import DiffusionPreferenceConfig
-from .base_trainer import DiffusionPreferenceTrainer
+from ..randomness import draw_pairs
+from .base_data_trainer import RowTrainer
 from .row_tables import load_or_compute
 
 
-class PairwiseTrainer(DiffusionPreferenceTrainer):
+_LATENTS = latent_columns(("chosen", "rejected"))
+_DIFFUSION_NPO = {
+    "title": "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion "
+    "Models",
+    "id": "2505.11245",
+}
+
+
+class PairwiseTrainer(RowTrainer):
     """Trainer on rows with a prompt, a chosen and a rejected image.
 
     Args:
@@ -40,7 +34,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         train_dataset: Columns `prompt` (str), `chosen`, `rejected` (`datasets.Image`, or paths). A streamed data set
             is encoded as it is read, any other once before training.
         eval_dataset: The same, or a dictionary of such data sets.
-        data_collator: Takes encoded rows; default [`PairCollator`].
+        data_collator: Takes encoded rows; default [`RowCollator`].
         callbacks, optimizers: As in [`~transformers.Trainer`].
         peft_config: Trains a LoRA instead of all weights. Without `target_modules` the family's default is used.
 
@@ -50,9 +44,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
         TypeError: The model is no supported pipeline.
     """
 
-    prompt_table: PromptTable | None = None
-    # Step, and how many of its pairs have been drawn for, since the micro-batches of a step share its count.
-    _drawn: tuple[int, int] = (-1, 0)
+    image_columns = ("chosen", "rejected")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,8 +72,7 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def predictions(self, model: nn.Module, noisy: NoisyPairs) -> Tensor:
         """Predictions `(2B, ...)`, from one call of a denoiser on both images of each pair."""
-        x_t = noisy.x_t.to(self.dtype_of(model))
-        return self.family.predict(model, x_t, noisy.model_time, noisy.conditioning)
+        return self.call(model, noisy.x_t, noisy.model_time, noisy.conditioning)
 
     @staticmethod
     def pair_metrics(loss: Tensor, rewards: tuple[Tensor, Tensor], errors: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -97,78 +88,24 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
             "mse/rejected": errors[1].detach(),
         }
 
-    # ---- Data ----------------------------------------------------------------------------------------------------
-
-    def check_dataset(self, dataset: Any, what: str) -> None:
-        check_pair_columns(dataset, what)
-
-    def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        prompts: list[Any] = []
-        for dataset in self._all_datasets(train_dataset, eval_dataset):
-            if isinstance(dataset, Dataset):
-                prompts += [prompt for prompt in dataset["prompt"] if isinstance(prompt, str)]
-        if self.prompt_table is not None:
-            prompts = [prompt for prompt in prompts if prompt not in self.prompt_table]
-            if not prompts:
-                return
-        table = encode_prompt_table(
-            prompts,
-            self.pipeline,
-            self.family,
-            cache_folder=self._cache_folder(args),
-            batch_size=args.encode_batch_size,
-        )
-        if self.prompt_table is None:
-            self.prompt_table = table
-        else:
-            self.prompt_table.add(table)
-
-    def encode_dataset(
-        self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
-    ) -> Dataset | IterableDataset:
-        options = EncodingOptions(
-            resolution=args.resolution or self.family.resolution(self.pipeline),
-            crop=args.crop,
-            random_flip=args.random_flip,
-            seed=args.data_seed,
-        )
-        common = {
-            "what": what,
-            "batch_size": args.encode_batch_size,
-            "extra_columns": self.extra_columns(dataset, args),
-        }
-        if isinstance(dataset, IterableDataset):
-            return stream_pairs(dataset, self.pipeline, self.family, options, **common)
-        return encode_pairs(
-            dataset, self.pipeline, self.family, options, cache_folder=self._cache_folder(args), **common
-        )
-
-    def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
-        """Numeric columns that reach the batch besides the pair."""
-        return ()
-
-    def is_encoded(self, dataset: Dataset | IterableDataset) -> bool:
-        return set(LATENT_COLUMNS) <= set(dataset.column_names or ())
-
-    def make_collator(self) -> Callable:
-        return PairCollator(self.prompt_table)
-
-    def start_of_training(self) -> None:
-        self._drawn = (-1, 0)
-
     # ---- One batch -----------------------------------------------------------------------------------------------
 
-    def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
-        rows = inputs["row"].tolist()
-        if not training:
-            return [(self.args.seed, EVALUATION, row) for row in rows]
-        step = self.state.global_step
-        first = self._drawn[1] if self._drawn[0] == step else 0
-        self._drawn = (step, first + len(rows))
-        return [
-            (self.args.seed, TRAINING, self.args.process_index, step, first + position)
-            for position in range(len(rows))
-        ]
+    def _own_args(self, args: Any, model: Any) -> Any:
+        args = super()._own_args(args, model)
+        if args.negative:
+            self.trains_negative = True
+            self._method, self._paper = f"Diffusion-NPO ({self._name})", _DIFFUSION_NPO
+            self._tag_names = [*self._tag_names, "diffusion-npo"]
+        return args
+
+    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if not self.args.negative:
+            return inputs
+        turned = {"chosen": "rejected", "rejected": "chosen"}
+        return {
+            f"{turned[name.split('_')[0]]}_{name.split('_', 1)[1]}" if name in _LATENTS else name: value
+            for name, value in inputs.items()
+        }
 
     def noisy_pairs(self, inputs: dict[str, Tensor], keys: list[tuple[int, ...]], prompt_dropout: float) -> NoisyPairs:
         """Noisy versions of a batch's images, pair i by the numbers of `keys[i]`."""
@@ -196,13 +133,14 @@ class PairwiseTrainer(DiffusionPreferenceTrainer):
 
     def _elbos(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-            return self.family.predict(model, x_t.to(self.dtype_of(model)), model_time, conditioning)
+            return self.call(model, x_t, model_time, conditioning)
 
         return pair_elbos(predict, inputs, self.noise_process, seed=self.args.seed, draws=self.args.eval_draws)
 
     def _compute_base_elbos(self, dataset: Dataset) -> Tensor:
         record = {
             "what": "ELBOs of the base",
+            "negative": self.args.negative,
             "weights": self._base_fingerprint,
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),

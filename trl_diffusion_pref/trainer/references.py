@@ -4,17 +4,21 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 
-REFERENCE_ADAPTER = "dpo_reference"
+REFERENCE_ADAPTER = "reference"
+_FILE = "reference.safetensors"
 
 
 class Reference(ABC):
@@ -42,6 +46,17 @@ class Reference(ABC):
     def move_towards(self, model: nn.Module, alpha: float) -> None:
         """`reference = (1 - alpha) reference + alpha model` (TR-DPO, arXiv 2404.09656, equation 3)."""
         raise NotImplementedError(f"{type(self).__name__} has no weights of its own to move.")
+
+    def save(self, folder: Path) -> None:
+        """Writes the reference's own weights into a checkpoint."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.parameters().items()}
+        save_file(weights, folder / _FILE)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        stored = load_file(folder / _FILE)
+        for name, parameter in self.parameters().items():
+            parameter.data.copy_(stored[name])
 
 
 class AdapterOff(Reference):
@@ -117,3 +132,14 @@ class FrozenModel(Reference):
 
     def move_towards(self, model: nn.Module, alpha: float) -> None:
         SyncRefModelCallback.sync_target_model(model, self.module, alpha)
+
+
+class MoveReference(TrainerCallback):
+    """Moves a reference towards the trained weights every so many steps."""
+
+    def __init__(self, trainer: Trainer, reference: Reference, alpha: float, every: int = 1) -> None:
+        self.trainer, self.reference, self.alpha, self.every = trainer, reference, alpha, every
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.every == 0:
+            self.reference.move_towards(self.trainer.accelerator.unwrap_model(self.trainer.model), self.alpha)

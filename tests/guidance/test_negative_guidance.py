@@ -1,0 +1,459 @@
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+from conftest import build_tiny_pipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from tensor_memory import PeakMemory
+
+from trl_diffusion_pref.guidance import add_negative_guidance, negative_guidance
+from trl_diffusion_pref.guidance.halves import join_halves, take_half
+
+
+PROMPTS = ["a red circle", "a blue square", "a green star"]
+
+
+def draw(pipeline, scale: float = 4.0, **options) -> np.ndarray:
+    options = {"num_inference_steps": 3, "guidance_scale": scale, "output_type": "np", **options}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
+    return pipeline(PROMPTS, generator=generators, **options).images
+
+
+def moved_unet(amount: float = 0.02, seed: int = 0):
+    """The tiny pipeline's UNet with other weights."""
+    unet = build_tiny_pipeline().unet
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += amount * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+def write_lora(folder, seed: int = 1, rank: int = 2, alpha: int = 8, targets=("to_q", "to_v"), size: float = 0.3):
+    """A random LoRA of the tiny UNet in diffusers' format, alpha unlike r."""
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in pipeline.unet.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    metadata = pipeline.unet.peft_config["default"].to_dict()
+    layers = get_peft_model_state_dict(pipeline.unet, adapter_name="default")
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    return write_lora(tmp_path_factory.mktemp("negative"))
+
+
+@pytest.fixture(scope="module")
+def positive_lora(tmp_path_factory):
+    return write_lora(tmp_path_factory.mktemp("positive"), seed=2, targets=("to_k", "to_v", "to_out.0"))
+
+
+def weights_with_lora(pipeline, *parts: tuple) -> dict[str, torch.Tensor]:
+    """The UNet's weights with LoRAs added by hand: (folder, scale) each, `W + scale alpha / r B A`."""
+    from safetensors import safe_open
+
+    weights = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    for folder, scale in parts:
+        with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as opened:
+            config = json.loads(opened.metadata()["lora_adapter_metadata"])
+            factor = scale * config["unet.lora_alpha"] / config["unet.r"]
+            for key in opened.keys():  # noqa: SIM118
+                if ".lora_A." in key:
+                    down, up = opened.get_tensor(key), opened.get_tensor(key.replace("lora_A", "lora_B"))
+                    weights[key.removeprefix("unet.").replace(".lora_A", "")] += factor * up @ down
+    return weights
+
+
+def reference_draw(positive: dict, negative: dict, scale: float = 4.0, **options) -> np.ndarray:
+    """A sampler of two UNets, written out: the pipeline's own code with the guidance computed by hand."""
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.load_state_dict(positive)
+    other = copy.deepcopy(pipeline.unet)
+    other.load_state_dict(negative)
+    forward = pipeline.unet.forward
+
+    def both(sample, timestep, encoder_hidden_states, **kwargs):
+        n = len(sample) // 2
+        neg = other(sample[:n], timestep, encoder_hidden_states[:n], return_dict=False)[0]
+        pos = forward(sample[n:], timestep, encoder_hidden_states[n:], return_dict=False)[0]
+        return (torch.cat([neg, pos]),)
+
+    pipeline.unet.forward = both
+    return draw(pipeline, scale, **options)
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return draw(build_tiny_pipeline())
+
+
+class TestIdentity:
+    @pytest.mark.parametrize("scale", [1.0, 1.5, 7.5])
+    def test_the_base_s_own_weights_as_negative_change_nothing(self, scale):
+        pipeline = build_tiny_pipeline()
+        expected = draw(pipeline, scale)
+        with negative_guidance(pipeline, build_tiny_pipeline()):
+            np.testing.assert_allclose(draw(pipeline, scale), expected, rtol=0, atol=1e-5)
+
+    def test_a_lora_that_does_nothing_changes_nothing(self, tmp_path, plain):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, write_lora(tmp_path, size=0.0)):
+            np.testing.assert_allclose(draw(pipeline), plain, rtol=0, atol=1e-5)
+
+    def test_the_positive_s_own_lora_as_negative_with_alpha_zero_changes_nothing(self, lora):
+        pipeline = build_tiny_pipeline()
+        pipeline.load_lora_weights(lora)
+        expected = draw(pipeline)
+        assert np.abs(expected - draw(build_tiny_pipeline())).max() > 1e-2
+        with negative_guidance(pipeline, lora, alpha=0.0):
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    def test_with_guidance_off_it_is_the_plain_pipeline(self, kind, lora):
+        pipeline = build_tiny_pipeline()
+        expected = draw(pipeline, 1.0)
+        with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
+            np.testing.assert_array_equal(draw(pipeline, 1.0), expected)
+            assert np.abs(draw(pipeline, 4.0) - expected).max() > 1e-3
+
+
+GRID = [(alpha, beta) for alpha in (0.0, 0.6, 1.0) for beta in (0.0, 0.6, 1.0)]
+
+
+class TestMergedByHand:
+    """theta_neg = theta + alpha (theta_pos - theta) + beta delta, against weights merged by hand."""
+
+    @pytest.mark.parametrize(("alpha", "beta"), GRID)
+    def test_lora_positive_and_lora_negative(self, alpha, beta, lora, positive_lora):
+        base = build_tiny_pipeline()
+        expected = reference_draw(
+            weights_with_lora(base, (positive_lora, 1.0)),
+            weights_with_lora(base, (positive_lora, alpha), (lora, beta)),
+        )
+        base.load_lora_weights(positive_lora)
+        with negative_guidance(base, lora, alpha, beta):
+            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize(("alpha", "beta"), GRID)
+    def test_fully_tuned_positive_and_full_negative(self, alpha, beta):
+        theta, positive, negative = build_tiny_pipeline().unet, moved_unet(seed=3), moved_unet(seed=4)
+        merged = {
+            name: value + alpha * (positive.state_dict()[name] - value) + beta * (negative.state_dict()[name] - value)
+            for name, value in theta.state_dict().items()
+        }
+        expected = reference_draw(positive.state_dict(), merged)
+        pipeline = build_tiny_pipeline()
+        pipeline.unet.load_state_dict(positive.state_dict())
+        with negative_guidance(pipeline, negative, alpha, beta, base=build_tiny_pipeline()):
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+
+    @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.6), (0.6, 1.0)])
+    def test_fully_tuned_positive_and_lora_negative(self, alpha, beta, lora):
+        pipeline, positive = build_tiny_pipeline(), moved_unet(seed=3).state_dict()
+        delta = weights_with_lora(pipeline, (lora, beta))
+        merged = {
+            name: value + alpha * (positive[name] - value) + delta[name] - value
+            for name, value in pipeline.unet.state_dict().items()
+        }
+        expected = reference_draw(positive, merged)
+        pipeline.unet.load_state_dict(positive)
+        with negative_guidance(pipeline, lora, alpha, beta, base=build_tiny_pipeline()) as guided:
+            assert (vars(guided.unet)["_negative_guidance"].second is None) == (alpha == 1.0)
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+
+    def test_lora_positive_and_full_negative(self, positive_lora):
+        pipeline, negative = build_tiny_pipeline(), moved_unet(seed=4).state_dict()
+        scaled = weights_with_lora(pipeline, (positive_lora, 0.6))
+        merged = {
+            name: scaled[name] + 0.5 * (negative[name] - value) for name, value in pipeline.unet.state_dict().items()
+        }
+        expected = reference_draw(weights_with_lora(pipeline, (positive_lora, 1.0)), merged)
+        pipeline.load_lora_weights(positive_lora)
+        with negative_guidance(pipeline, moved_unet(seed=4), 0.6, 0.5):
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+
+    def test_the_user_s_adapter_scale_holds_on_both_sides(self, lora, positive_lora):
+        base = build_tiny_pipeline()
+        expected = reference_draw(
+            weights_with_lora(base, (positive_lora, 0.7)),
+            weights_with_lora(base, (positive_lora, 0.7 * 0.5), (lora, 1.0)),
+        )
+        base.load_lora_weights(positive_lora, adapter_name="mine")
+        base.set_adapters(["mine"], [0.7])
+        with negative_guidance(base, lora, alpha=0.5):
+            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+
+    def test_a_disabled_adapter_stays_off_on_both_sides(self, lora, positive_lora):
+        base = build_tiny_pipeline()
+        expected = reference_draw(base.unet.state_dict(), weights_with_lora(base, (lora, 1.0)))
+        base.load_lora_weights(positive_lora)
+        base.disable_lora()
+        with negative_guidance(base, lora):
+            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+
+
+def snapshot(pipeline) -> dict:
+    """All that a user could notice of a denoiser."""
+    unet = pipeline.unet
+    return {
+        "modules": {name: type(part) for name, part in unet.named_modules()},
+        "attributes": {name for name in vars(unet) if name not in ("_modules", "_parameters")},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in unet.named_parameters()},
+        "adapters": {
+            name: (list(part.active_adapters), part.disable_adapters, dict(part.scaling))
+            for name, part in unet.named_modules()
+            if isinstance(part, BaseTunerLayer)
+        },
+        "configs": sorted(getattr(unet, "peft_config", {}) or {}),
+    }
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("positive", ["none", "lora", "two loras", "disabled"])
+    @pytest.mark.parametrize("negative", ["lora", "full"])
+    def test_the_pipeline_is_exactly_as_before(self, positive, negative, lora, positive_lora):
+        pipeline = build_tiny_pipeline()
+        if positive != "none":
+            pipeline.load_lora_weights(positive_lora, adapter_name="one")
+        if positive == "two loras":
+            pipeline.load_lora_weights(lora, adapter_name="two")
+            pipeline.set_adapters(["one", "two"], [0.3, 0.8])
+        if positive == "disabled":
+            pipeline.disable_lora()
+        before, images = snapshot(pipeline), draw(pipeline)
+        weights = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+        with negative_guidance(pipeline, lora if negative == "lora" else moved_unet(), 0.5, 0.5):
+            draw(pipeline)
+        assert snapshot(pipeline) == before
+        assert all(torch.equal(weights[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
+        np.testing.assert_array_equal(draw(pipeline), images)
+
+    def test_also_after_an_error_inside(self, lora):
+        pipeline = build_tiny_pipeline()
+        before = snapshot(pipeline)
+        with pytest.raises(KeyError), negative_guidance(pipeline, lora):
+            raise KeyError
+        assert snapshot(pipeline) == before
+
+    def test_the_permanent_form_stays_until_it_is_removed(self, lora, plain):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora):
+            expected = draw(pipeline)
+        guidance = add_negative_guidance(pipeline, lora)
+        np.testing.assert_array_equal(draw(pipeline), expected)
+        np.testing.assert_array_equal(draw(pipeline), expected)
+        guidance.remove()
+        guidance.remove()
+        np.testing.assert_array_equal(draw(pipeline), plain)
+
+    def test_offloading_switched_on_inside_survives(self, lora, plain):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora):
+            expected = draw(pipeline)
+            cpu_offload_with_hook(pipeline.unet, execution_device="cpu")
+            np.testing.assert_array_equal(draw(pipeline), expected)
+        np.testing.assert_array_equal(draw(pipeline), plain)
+        assert hasattr(pipeline.unet, "_hf_hook")
+
+
+class TestThePipelineKeepsWorking:
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    def test_negative_prompt_rescaling_and_scheduler(self, kind, lora):
+        options = {"negative_prompt": ["a black star"] * 3, "guidance_rescale": 0.7}
+        pipeline = build_tiny_pipeline()
+        negative = weights_with_lora(pipeline, (lora, 1.0)) if kind == "lora" else moved_unet().state_dict()
+        expected = reference_draw(pipeline.unet.state_dict(), negative, **options)
+        with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
+            np.testing.assert_allclose(draw(pipeline, **options), expected, rtol=0, atol=2e-5)
+            for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
+                pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+                assert np.isfinite(draw(pipeline)).all()
+
+    def test_callbacks_see_each_step(self, lora):
+        pipeline, steps = build_tiny_pipeline(), []
+
+        def callback(pipe, step, timestep, values):
+            steps.append((step, tuple(values["latents"].shape)))
+            return values
+
+        with negative_guidance(pipeline, lora):
+            draw(pipeline, callback_on_step_end=callback)
+        assert steps == [(step, (3, 4, 8, 8)) for step in range(3)]
+
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    def test_a_denoiser_that_is_kept_off_the_device(self, kind, lora):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
+            expected = draw(pipeline)
+        cpu_offload_with_hook(pipeline.unet, execution_device="cpu")
+        with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
+            np.testing.assert_array_equal(draw(pipeline), expected)
+
+    def test_added_conditioning_is_split_too(self):
+        sample = torch.arange(8.0).reshape(4, 2)
+        kwargs = {
+            "added": {"text": sample, "ids": [sample, sample + 1]},
+            "timestep": torch.tensor(3),
+            "lengths": [1, 2, 3, 4],
+            "image_rotary_emb": (torch.zeros(4, 2),) * 2,
+            "return_dict": False,
+        }
+        negative, positive = (take_half(kwargs, half, 4) for half in (0, 1))
+        assert torch.equal(negative["added"]["ids"][1], sample[:2] + 1)
+        assert torch.equal(positive["added"]["text"], sample[2:])
+        assert positive["timestep"] == 3 and positive["lengths"] == [3, 4]
+        assert len(positive["image_rotary_emb"][0]) == 4
+        assert torch.equal(join_halves((sample[:2],), (sample[2:],))[0], sample)
+
+    def test_a_lora_needs_no_second_denoiser_and_hardly_more_memory(self, lora):
+        pipeline = build_tiny_pipeline()
+        with PeakMemory(pipeline.unet) as plain:
+            draw(pipeline)
+        guidance = add_negative_guidance(pipeline, lora)
+        with PeakMemory(pipeline.unet) as guided:
+            draw(pipeline)
+        assert guidance.second is None
+        assert guided.peak <= 1.1 * plain.peak
+        guidance.remove()
+        guidance = add_negative_guidance(pipeline, moved_unet())
+        with PeakMemory(pipeline.unet, guidance.second) as second:
+            draw(pipeline)
+        assert second.peak > 1.1 * plain.peak  # the measure sees a second model
+
+
+class TestSources:
+    def test_folder_file_pipeline_and_denoiser_are_the_same_negative(self, lora, tmp_path):
+        unet = moved_unet()
+        unet.save_pretrained(tmp_path / "denoiser")
+        other = build_tiny_pipeline()
+        other.unet.load_state_dict(unet.state_dict())
+        other.save_pretrained(tmp_path / "pipeline")
+        unet.save_pretrained(tmp_path / "checkpoint-3" / "unet")
+        trained = build_tiny_pipeline()
+        trained.load_lora_weights(lora)
+        groups = [
+            [unet, other, tmp_path / "denoiser", str(tmp_path / "pipeline"), tmp_path / "checkpoint-3"],
+            [lora, str(lora / "pytorch_lora_weights.safetensors"), trained, trained.unet],
+        ]
+        for group in groups:
+            images = []
+            for negative in group:
+                pipeline = build_tiny_pipeline()
+                with negative_guidance(pipeline, negative):
+                    images.append(draw(pipeline))
+            for image in images[1:]:
+                np.testing.assert_allclose(image, images[0], rtol=0, atol=1e-6)
+
+    def test_another_base_is_named_in_a_warning(self, lora, tmp_path, caplog):
+        from trl_diffusion_pref.fingerprint import rounded_fingerprints
+
+        record = {
+            "base_model": "someone/base",
+            "base_fingerprint": "abc",
+            "base_fingerprint_rounded": rounded_fingerprints(build_tiny_pipeline(seed=1).unet),
+        }
+        weights = (lora / "pytorch_lora_weights.safetensors").read_bytes()
+        (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(weights)
+        (tmp_path / "trl_diffusion_pref.json").write_text(json.dumps(record))
+        caplog.set_level(logging.WARNING)
+        for pipeline, warned in (
+            (build_tiny_pipeline(), True),
+            (build_tiny_pipeline(seed=1), False),
+            (build_tiny_pipeline(seed=1).to(torch.float16), False),
+            (build_tiny_pipeline(seed=1).to(torch.bfloat16), False),
+        ):
+            caplog.clear()
+            pipeline.register_to_config(_name_or_path="mine/model")
+            with negative_guidance(pipeline, tmp_path):
+                pass
+            text = "\n".join(record.getMessage() for record in caplog.records if "guide" in record.name)
+            assert ("someone/base" in text and "mine/model" in text) == warned
+
+
+class TestRefusals:
+    def test_what_is_no_model(self):
+        with pytest.raises(TypeError, match="negative is a int"):
+            add_negative_guidance(build_tiny_pipeline(), 3)
+        with pytest.raises(TypeError, match="pipeline is a UNet2DConditionModel"):
+            add_negative_guidance(build_tiny_pipeline().unet, 3)
+
+    def test_the_pipeline_s_own_denoiser(self):
+        pipeline = build_tiny_pipeline()
+        with pytest.raises(ValueError, match="the pipeline's own denoiser"):
+            add_negative_guidance(pipeline, pipeline)
+
+    def test_an_empty_folder_and_pickled_weights(self, tmp_path):
+        with pytest.raises(ValueError, match="no negative model to load"):
+            add_negative_guidance(build_tiny_pipeline(), tmp_path)
+        (tmp_path / "unet.ckpt").write_bytes(b"x")
+        with pytest.raises(ValueError, match="convert them to safetensors"):
+            add_negative_guidance(build_tiny_pipeline(), tmp_path)
+
+    def test_another_architecture_is_named(self, tmp_path):
+        from diffusers import UNet2DConditionModel
+
+        config = {**build_tiny_pipeline().unet.config, "block_out_channels": (32, 32)}
+        other = UNet2DConditionModel.from_config(config)
+        with pytest.raises(ValueError, match=r"another architecture.*\d+ parameters differ, first"):
+            add_negative_guidance(build_tiny_pipeline(), other)
+        other.save_pretrained(tmp_path)
+        config_file = tmp_path / "config.json"
+        config_file.write_text(config_file.read_text().replace("UNet2DConditionModel", "FluxTransformer2DModel"))
+        with pytest.raises(ValueError, match=r"a FluxTransformer2DModel, and the pipeline's denoiser a UNet2DCond"):
+            add_negative_guidance(build_tiny_pipeline(), tmp_path)
+
+    @pytest.mark.parametrize("damage", ["rank", "targets", "size"])
+    def test_a_lora_that_does_not_fit_leaves_the_pipeline_as_it_was(self, damage, lora, tmp_path):
+        from safetensors import safe_open
+
+        with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as opened:
+            metadata = opened.metadata()
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        first = next(key for key in tensors if "lora_A" in key)
+        if damage == "rank":
+            tensors[first] = torch.zeros(3, tensors[first].shape[1])
+        elif damage == "size":
+            tensors[first] = torch.zeros(2, 5)
+        else:
+            tensors = {key.replace("attn1", "attn7"): tensor for key, tensor in tensors.items()}
+        save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata=metadata)
+        pipeline = build_tiny_pipeline()
+        before = snapshot(pipeline)
+        with pytest.raises(ValueError, match="does not fit the pipeline's UNet2DConditionModel"):
+            add_negative_guidance(pipeline, tmp_path)
+        assert snapshot(pipeline) == before
+
+    def test_a_fused_lora(self, lora, positive_lora):
+        pipeline = build_tiny_pipeline()
+        pipeline.load_lora_weights(positive_lora)
+        pipeline.fuse_lora()
+        with pytest.raises(ValueError, match="fused"):
+            add_negative_guidance(pipeline, lora)
+
+    def test_a_distilled_pipeline(self, lora):
+        pipeline = build_tiny_pipeline()
+        pipeline.unet.register_to_config(time_cond_proj_dim=8)
+        with pytest.raises(ValueError, match="no classifier-free guidance"):
+            add_negative_guidance(pipeline, lora)
+
+    def test_a_second_negative_and_impossible_strengths(self, lora):
+        pipeline = build_tiny_pipeline()
+        add_negative_guidance(pipeline, lora)
+        with pytest.raises(ValueError, match="has a negative model already"):
+            add_negative_guidance(pipeline, lora)
+        for options in ({"alpha": -1.0}, {"beta": float("nan")}):
+            with pytest.raises(ValueError, match="must be a number from 0 on"):
+                add_negative_guidance(build_tiny_pipeline(), lora, **options)
