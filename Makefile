@@ -27,6 +27,8 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/accuracy_spread.py
 	$(BIN)/python benchmarks/reference_draws.py
+	$(BIN)/python benchmarks/self_npo.py
+	$(BIN)/python benchmarks/diffusion_npo.py
 
 # Trains the embedded pipelines anew, about half an hour on two cores.
 weights: .venv/installed

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from PIL import Image
 
-from trl_diffusion_pref.shapes import pipeline_folder, prompts, sample, summarize
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
+from trl_diffusion_pref.guidance import negative_guidance
+from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, preference_pairs, prompts, sample, summarize
 from trl_diffusion_pref.trainer.divergence import DivergenceError
 
 
@@ -61,6 +64,49 @@ def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(), unet=unet)
     summary = summarize(sample(pipeline, ASKED), ASKED)
     assert summary.shape >= 0.9 and summary.colour >= 0.8
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_self_npo_makes_a_negative_model_that_draws_worse_and_can_guide(lora, tmp_path, capsys):
+    arguments = ["--lora", "--learning_rate", "1e-3"] if lora else []
+    pictures = run("self_npo_shapes", "--output_dir", str(tmp_path / "out"), "--max_steps", "60", *arguments)
+    plain, negative, guided = (summarize(pictures[name], ASKED) for name in ("plain", "negative", "guided"))
+    assert plain.clean >= 0.75
+    # w = -1 teaches the unconditional prediction: alone it ignores the prompt and draws worse
+    assert negative.clean <= plain.clean - 0.3 and negative.colour <= 0.7
+    assert guided.colour >= 0.95 and guided.shape >= 0.95 and guided.clean >= plain.clean - 0.15
+    assert "guided" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "before_after.png").size[0] > 1500
+
+
+@pytest.mark.parametrize("method", ["mapo", "dpo"])
+def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method, tmp_path):
+    """Diffusion-NPO."""
+    common = {
+        "output_dir": str(tmp_path),
+        "negative": True,
+        "max_steps": 30,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    lora, pairs = LoraConfig(r=8, lora_alpha=8), preference_pairs(256)
+    if method == "mapo":
+        trainer = MaPOTrainer(str(pipeline_folder()), MaPOConfig(**common), pairs, peft_config=lora)
+    else:
+        config = DiffusionDPOConfig(**common, beta=500.0, divergence_guard="off")
+        trainer = DiffusionDPOTrainer(str(pipeline_folder()), config, pairs, peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    pipeline = load_pipeline()
+    plain = summarize(sample(pipeline, ASKED), ASKED)
+    with negative_guidance(pipeline, tmp_path):
+        guided = summarize(sample(pipeline, ASKED), ASKED)
+    assert plain.preferred <= 0.3
+    assert guided.preferred >= plain.preferred + 0.1
+    assert guided.shape >= 0.9
 
 
 def test_the_example_is_short():

@@ -3,10 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from trl_diffusion_pref.losses import self_npo_loss
-from trl_diffusion_pref.noise import VariancePreserving
-from trl_diffusion_pref.trajectories import advance, clean_estimate, combine_guidance
+from trl_diffusion_pref.noise import RectifiedFlow, VariancePreserving
+from trl_diffusion_pref.trajectories import advance, clean_estimate, combine_guidance, solver_step
 
 
 VECTORS = json.loads((Path(__file__).parent / "reference" / "self_npo_vectors.json").read_text())
@@ -65,3 +66,161 @@ def test_one_training_step_equals_the_released_code_s(name):
     check(row_sums(x_s), case["x_s row sums"])
     check(loss.detach(), case["loss"])
     check(theta.grad.norm(), case["grad_norm_theta"])
+
+
+def scheduler_of(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        trained_betas=BETAS.numpy(),
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+
+
+def network(x, t):
+    """Any smooth function of latents and time."""
+    return torch.sin(3 * x) + 0.5 * x + t.reshape(-1, 1, 1, 1) * 0.3
+
+
+def random_latents(seed: int = 0, rows: int = 3) -> torch.Tensor:
+    return torch.randn(rows, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_a_step_is_that_of_diffusers_ddim(prediction_type):
+    scheduler = scheduler_of(prediction_type)
+    scheduler.set_timesteps(25)
+    vp = VariancePreserving(scheduler.alphas_cumprod, prediction_type)
+    x = random_latents()
+    # diffusers' own grid, trailing, from 999 down by 40
+    assert scheduler.timesteps.tolist() == vp.solver_times(25)[1:].flip(0).tolist()
+    for later, earlier in ((999, 959), (519, 479), (79, 39)):
+        prediction = network(x, torch.full((3,), later / 1000))
+        expected = scheduler.step(prediction, later, x).prev_sample
+        ours = solver_step(vp, prediction, x, torch.full((3,), later), torch.full((3,), earlier))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_on_a_rectified_flow_is_that_of_diffusers_euler():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.2])
+    x, prediction = random_latents(), random_latents(1)
+    expected = scheduler.step(prediction, scheduler.timesteps[0], x).prev_sample
+    ours = solver_step(RectifiedFlow(), prediction, x, torch.ones(3), torch.full((3,), 0.6))
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_rows_advance_by_their_own_steps_and_stop_at_the_end(flow, all_rows):
+    noise_process = RectifiedFlow() if flow else process()
+    times = noise_process.solver_times(10)
+    calls = []
+
+    def predict(x_t, t, rows):
+        calls.append(rows.tolist())
+        return network(x_t, t.float() if flow else t / 1000)
+
+    x, start, steps = random_latents(rows=4), torch.tensor([10, 4, 2, 0]), torch.tensor([3, 1, 5, 5])
+    moved, position = advance(predict, noise_process, times, x, start, steps, all_rows=all_rows)
+    assert position.tolist() == [7, 3, 0, 0]
+    for row in range(4):
+        expected = x[row : row + 1]
+        for place in range(int(start[row]), int(position[row]), -1):
+            t, earlier = times[place : place + 1], times[place - 1 : place]
+            prediction = network(expected, t.float() if flow else t / 1000)
+            expected = solver_step(noise_process, prediction, expected, t, earlier)
+        torch.testing.assert_close(moved[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+    assert calls == ([[0, 1, 2, 3]] * 3 if all_rows else [[0, 1, 2], [0, 2], [0]])
+
+
+def test_advancing_in_parts_is_advancing_at_once():
+    vp = process()
+    times = vp.solver_times(25)
+
+    def predict(x_t, t, rows):
+        return network(x_t, t / 1000)
+
+    x, start = random_latents(), torch.full((3,), 25)
+    once, place = advance(predict, vp, times, x, start, torch.full((3,), 12))
+    first, middle = advance(predict, vp, times, x, start, torch.full((3,), 5))
+    parts, end = advance(predict, vp, times, first, middle, torch.full((3,), 7))
+    assert torch.equal(once, parts) and torch.equal(place, end)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_clean_estimate_of_the_true_noise_is_the_clean_latents(flow):
+    noise_process = RectifiedFlow() if flow else process()
+    t = torch.tensor([0.0, 0.5, 1.0] if flow else [0, 500, 999])
+    x0, noise = random_latents(), random_latents(1)
+    x_t = noise_process.corrupt(x0, noise, t)
+    ours = clean_estimate(lambda x, t, rows: noise_process.target(x0, noise, t), noise_process, x_t, t)
+    torch.testing.assert_close(ours, x0, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_is_linear_and_the_same_in_noise_and_in_clean_latents():
+    vp, x_t, t = process(), random_latents(2), torch.tensor([100, 500, 900])
+    conditional, unconditional = random_latents(), random_latents(1)
+    assert torch.equal(combine_guidance(conditional, unconditional, 0.0), unconditional)
+    torch.testing.assert_close(combine_guidance(conditional, unconditional, 1.0), conditional)
+    combined = vp.predict_x0(combine_guidance(conditional, unconditional, -4.0), x_t, t)
+    # the released code's form, w = -5
+    c, u = vp.predict_x0(conditional, x_t, t), vp.predict_x0(unconditional, x_t, t)
+    torch.testing.assert_close(combined, c + -5 * (c - u), rtol=1e-4, atol=1e-4)
+
+
+class TestTimes:
+    def test_later_times_are_uniform_over_what_is_later(self):
+        vp, flow = process(), RectifiedFlow()
+        uniform = torch.linspace(0, 1 - 2**-24, 10_000)
+        for t in (0, 119, 998):
+            later = vp.sample_later(torch.full((10_000,), t), uniform)
+            counts = torch.bincount(later)
+            assert later.min() == t + 1 and later.max() == 999
+            assert (counts[t + 1 :] - 10_000 / (999 - t)).abs().max() <= 1
+        for t in (0.0, 0.3, 0.8):
+            later = flow.sample_later(torch.full((10_000,), t), uniform)
+            assert later.min() >= torch.tensor(t) and later.max() == 1.0
+            assert later.mean().item() == pytest.approx((1 + t) / 2, abs=1e-4)
+
+    def test_solver_times_of_other_grids(self):
+        assert process().solver_times(3).tolist() == [0, 332, 666, 999]
+        assert process().solver_times(1000).tolist() == [0, *range(1000)]
+        torch.testing.assert_close(RectifiedFlow().solver_times(4), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+
+    @pytest.mark.parametrize("steps", [0, 1001])
+    def test_impossible_grids_are_refused(self, steps):
+        with pytest.raises(ValueError, match=f"{steps} solver steps"):
+            process().solver_times(steps)
+
+
+class TestLoss:
+    @pytest.mark.parametrize("loss_type", ["huber", "l2"])
+    def test_it_equals_float64(self, loss_type):
+        predicted, target = random_latents(3), random_latents(4)
+        difference = predicted.double() - target.double()
+        squared = difference.square()
+        values = (squared + 0.01**2).sqrt() - 0.01 if loss_type == "huber" else squared
+        ours = self_npo_loss(predicted, target, loss_type=loss_type, huber_c=0.01)
+        torch.testing.assert_close(ours.double(), values.mean(dim=(1, 2, 3)), rtol=1e-5, atol=1e-7)
+        assert ours.dtype == torch.float32
+
+    def test_half_precision_inputs_are_taken_in_float32(self):
+        predicted, target = random_latents(3).bfloat16(), random_latents(4).bfloat16()
+        torch.testing.assert_close(
+            self_npo_loss(predicted, target), self_npo_loss(predicted.float(), target.float()), rtol=0, atol=0
+        )
+
+    def test_the_target_gets_no_gradient(self):
+        predicted, target = random_latents(3).requires_grad_(), random_latents(4).requires_grad_()
+        self_npo_loss(predicted, target).sum().backward()
+        assert target.grad is None and predicted.grad.abs().max() > 0
+
+    def test_bad_options_and_shapes_are_refused(self):
+        x = random_latents()
+        for options, message in (({"loss_type": "l1"}, "none of huber, l2"), ({"huber_c": 0.0}, "must be positive")):
+            with pytest.raises(ValueError, match=message):
+                self_npo_loss(x, x, **options)
+        with pytest.raises(ValueError, match="has shape"):
+            self_npo_loss(x, x[:1])

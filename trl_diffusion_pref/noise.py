@@ -233,7 +233,8 @@ class RectifiedFlow(NoiseProcess):
         return torch.arange(steps + 1) / steps
 
     def sample_later(self, t: Tensor, uniform: Tensor) -> Tensor:
-        return 1 - uniform.to(t) * (1 - t)
+        # float32 can round a result just above t to just below it
+        return torch.maximum(1 - uniform.to(t) * (1 - t), t)
 
     def times_at(self, quantiles: Tensor) -> Tensor:
         # At t = 0 there is no noise to predict, and the ELBO's weight is infinite.

@@ -11,7 +11,14 @@ import torch  # noqa: E402
 from conftest import build_tiny_pipeline  # noqa: E402
 from datasets import load_from_disk  # noqa: E402
 
-from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer  # noqa: E402
+from trl_diffusion_pref import (  # noqa: E402
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    SelfNPOConfig,
+    SelfNPOTrainer,
+)
 from trl_diffusion_pref.trainer import pairwise_trainer  # noqa: E402
 
 
@@ -38,6 +45,38 @@ def train_dpo(folder: Path, pairs) -> dict:
         "weights": {name: tensor.double().sum().item() for name, tensor in trainer.model.state_dict().items()},
         "accuracy": metrics["eval_preference_accuracy"],
     }
+
+
+def train_self_npo(folder: Path, pairs) -> dict:
+    """The process' own trajectories, where four steps end, and where two resumed from the middle end."""
+    results = []
+    for resumed in (False, True):
+        config = SelfNPOConfig(
+            output_dir=str(folder / ("self_npo_again" if resumed else "self_npo")),
+            dataset_cache_dir=str(folder / "cache"),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            learning_rate=1e-3,
+            solver_steps=10,
+            truncated_steps=3,
+            ema_decay=0.9,
+            save_strategy="steps",
+            save_steps=2,
+            activation_checkpointing=False,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = SelfNPOTrainer(build_tiny_pipeline(), config, pairs.select_columns("prompt"))
+        checkpoint = str(folder / "self_npo" / "checkpoint-2") if resumed else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results.append(
+            {
+                "pool": [trainer.pool.get(slot)[0].flatten()[:4].tolist() for slot in range(2)],
+                "weights": {name: t.double().sum().item() for name, t in trainer.model.state_dict().items()},
+                "teacher": {name: t.double().sum().item() for name, t in trainer.teacher.parameters().items()},
+            }
+        )
+    return {"whole": results[0], "resumed": results[1]}
 
 
 def main() -> None:
@@ -93,6 +132,7 @@ def main() -> None:
     seen["accuracies"] = [before[f"eval_{name}_accuracy"] for name in ("preference", "likelihood", "base_likelihood")]
     seen["interval"] = [before[f"eval_preference_accuracy_{end}"] for end in ("low", "high")]
     seen["dpo"] = train_dpo(folder, pairs)
+    seen["self_npo"] = train_self_npo(folder, pairs)
     (folder / f"rank-{config.process_index}.json").write_text(json.dumps(seen))
 
 

@@ -2,12 +2,8 @@ import json
 
 import pytest
 
-from trl_diffusion_pref.trainer.checkpoints import (
-    check_same_base,
-    checkpoint_problem,
-    last_complete_checkpoint,
-    write_run_record,
-)
+from trl_diffusion_pref.run_record import write_run_record
+from trl_diffusion_pref.trainer.checkpoints import check_same_base, checkpoint_problem, last_complete_checkpoint
 
 
 def checkpoint(folder, step, *, state="{}", base="aaaa"):

@@ -72,6 +72,17 @@ def test_dpo_s_processes_end_with_equal_weights(run):
     assert run[2][0]["dpo"]["accuracy"] == run[2][1]["dpo"]["accuracy"]
 
 
+def test_self_npo_s_processes_hold_different_trajectories_and_equal_weights(run):
+    first, second = (rank["self_npo"]["whole"] for rank in run[2])
+    assert all(left != right for left in first["pool"] for right in second["pool"])
+    assert first["weights"] == second["weights"] and first["teacher"] == second["teacher"]
+
+
+def test_self_npo_resumes_each_process_s_own_trajectories(run):
+    for rank in run[2]:
+        assert rank["self_npo"]["resumed"] == rank["self_npo"]["whole"]
+
+
 def test_images_are_encoded_by_one_process_only(run):
     counts = sorted(rank["encoded"] for rank in run[2])
     probes = 2  # one call per data set asks for the latents' shape

@@ -11,8 +11,8 @@ from transformers import EvalPrediction
 from ..data import NoisyPairs, corrupt_pairs, dataset_fingerprint, latent_columns
 from ..evaluation import bootstrap_interval, pair_elbos, wins
 from ..randomness import draw_pairs
-from .base_data_trainer import RowTrainer
 from .row_tables import load_or_compute
+from .row_trainer import RowTrainer
 
 
 _LATENTS = latent_columns(("chosen", "rejected"))

@@ -15,8 +15,8 @@ from ..losses import self_npo_loss
 from ..randomness import generator_for
 from ..trajectories import advance, clean_estimate, combine_guidance
 from .base_config import DiffusionPreferenceConfig
-from .base_data_trainer import RowTrainer
 from .references import AdapterOff, FrozenAdapter, FrozenModel, MoveReference, Reference
+from .row_trainer import RowTrainer
 from .self_npo_config import SelfNPOConfig
 from .trajectory_pool import TrajectoryPool
 
