@@ -215,10 +215,14 @@ def noise_process(scheduler) -> NoiseProcess:
     Raises:
         TypeError: The scheduler belongs to neither kind of process.
     """
-    if hasattr(scheduler, "alphas_cumprod"):
-        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
     if type(scheduler).__name__.startswith("FlowMatch"):
         return RectifiedFlow(scheduler.config.num_train_timesteps)
+    if hasattr(scheduler, "alphas_cumprod"):
+        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        # Multistep solvers (Sana's, Wan's) have alphas_cumprod even where the model is a flow.
+        if prediction_type == "flow_prediction":
+            return RectifiedFlow(scheduler.config.num_train_timesteps)
+        return VariancePreserving(scheduler.alphas_cumprod, prediction_type)
     raise TypeError(
         f"{type(scheduler).__name__} is neither a variance-preserving scheduler (with alphas_cumprod, such as "
         "DDPMScheduler) nor a flow-matching one. Set pipeline.scheduler to one of these before training."

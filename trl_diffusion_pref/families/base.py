@@ -1,13 +1,25 @@
 """What a model family must say: how its pipeline encodes prompts and images, and how it calls its denoiser."""
 
+import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+
+logger = logging.getLogger(__name__)
+
+# PEFT writes names as seen from PeftModel.
+_PEFT_PREFIX = "base_model.model."
 
 
 class Family(ABC):
@@ -18,12 +30,15 @@ class Family(ABC):
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         lora_target_modules: Default targets, those of diffusers' own training examples.
+        lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
+            that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
     """
 
     pipeline_class: str
     denoiser_name: str
     encoder_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
+    lora_format: str = "diffusers"
 
     def denoiser(self, pipeline: DiffusionPipeline) -> nn.Module:
         """The module that is trained."""
@@ -32,6 +47,21 @@ class Family(ABC):
     def encoders(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
         """The modules that encode prompts and images."""
         return [module for name in self.encoder_names if (module := getattr(pipeline, name, None)) is not None]
+
+    def text_device(self, pipeline: DiffusionPipeline) -> torch.device:
+        """Where the first text encoder is.
+
+        Raises:
+            ValueError: The pipeline was loaded without any.
+        """
+        for name in self.encoder_names:
+            if name.startswith("text_encoder") and (encoder := getattr(pipeline, name, None)) is not None:
+                return encoder.device
+        names = ", ".join(name for name in self.encoder_names if name.startswith("text_encoder"))
+        raise ValueError(
+            f"The {type(pipeline).__name__} has no text encoder ({names}), so prompts cannot be encoded. Load it with "
+            "at least one."
+        )
 
     @abstractmethod
     def resolution(self, pipeline: DiffusionPipeline) -> int:
@@ -42,8 +72,29 @@ class Family(ABC):
         """Conditioning of each prompt as the pipeline's own `__call__` computes it.
 
         Returns:
-            Named tensors `(len(prompts), ...)`, float32, on the encoders' device.
+            Named tensors `(len(prompts), ...)`, float32, on the encoders' device, everything that `predict` needs
+            and `image_conditioning` does not give. Shapes do not depend on the prompts: embeddings are padded to a
+            fixed length, and a mask (1: token, 0: padding) stands beside them where the denoiser takes one.
         """
+
+    def image_conditioning(
+        self,
+        pipeline: DiffusionPipeline,
+        original_size: tuple[int, int],
+        crop_top_left: tuple[int, int],
+        target_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Conditioning on how one image was prepared; empty for families without it.
+
+        Args:
+            original_size: (height, width) of the image in pixels before it was resized.
+            crop_top_left: (top, left) of the crop in pixels of the resized image.
+            target_size: (height, width) of what is encoded, in pixels.
+
+        Returns:
+            Named float32 tensors without batch dimension; stacked, `predict` reads them from its `conditioning`.
+        """
+        return {}
 
     @abstractmethod
     def encode_images(self, pipeline: DiffusionPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,17 +118,121 @@ class Family(ABC):
             conditioning: From `encode_prompts`, one row per sample.
         """
 
-    @abstractmethod
     def save_lora(
         self, pipeline: DiffusionPipeline, folder: str | Path, state_dict: dict[str, Tensor], metadata: dict[str, Any]
     ) -> None:
         """Writes `pytorch_lora_weights.safetensors` with adapter metadata, without which it loads at a wrong scale."""
+        layers, layers_metadata = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
+        pipeline.save_lora_weights(folder, **{layers: state_dict, layers_metadata: metadata})
 
 
-def encode_with_autoencoder_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """`encode_images` for pipelines with an `AutoencoderKL`: `(z - shift_factor) * scaling_factor`."""
-    with torch.no_grad():
-        posterior = vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)).latent_dist
+class PeftFormatFamily(Family):
+    """For pipelines without `load_lora_weights`: LoRA is written and loaded as PEFT does it."""
+
+    lora_format = "peft"
+
+    def save_lora(
+        self, pipeline: DiffusionPipeline, folder: str | Path, state_dict: dict[str, Tensor], metadata: dict[str, Any]
+    ) -> None:
+        """Writes `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        LoraConfig(**metadata).save_pretrained(folder)
+        layers = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in state_dict.items()}
+        save_file(layers, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
+    """The default of an argument of the pipeline's `__call__`, which `encode_prompt` may have another one for."""
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
+def model_inside(denoiser: nn.Module) -> ModelMixin:
+    """The diffusers model inside whatever wraps it (PEFT, DDP, torch.compile), for its config."""
+    return next(module for module in denoiser.modules() if isinstance(module, ModelMixin))
+
+
+@cache
+def _warn_of_non_finite_latents(vae: str, dtype: torch.dtype) -> None:
+    # cached, so that each kind of VAE is named once and not at every batch
+    logger.warning(
+        "%s in %s gave NaN or infinite latents. Such batches are encoded in float32; to save the second attempt, load "
+        "the VAE in float32 or bfloat16.",
+        vae,
+        str(dtype).removeprefix("torch."),
+    )
+
+
+def encode_finite(
+    vae: ModelMixin,
+    pixels: Tensor,
+    moments: Callable[[Any], tuple[Tensor, Tensor]],
+    *,
+    in_float32: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation, in the VAE's dtype, or in float32 where that overflows.
+
+    Args:
+        vae: Has its dtype back afterwards.
+        pixels: What its `encode` takes, in [-1, 1].
+        moments: Mean and standard deviation from what its `encode` returns.
+        in_float32: Do not try the VAE's dtype first.
+
+    Returns:
+        Two float32 tensors in the VAE's own scale.
+
+    Raises:
+        ValueError: The latents are not finite in float32 either.
+    """
+    dtype = vae.dtype
+
+    def encode() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            mean, std = moments(vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)))
+        return mean.float(), std.float()
+
+    def finite(values: tuple[Tensor, Tensor]) -> bool:
+        return all(bool(value.isfinite().all()) for value in values)
+
+    if dtype == torch.float32 or not in_float32:
+        encoded = encode()
+        if finite(encoded):
+            return encoded
+        if dtype != torch.float32:
+            _warn_of_non_finite_latents(type(vae).__name__, dtype)
+    if dtype != torch.float32:
+        vae.to(torch.float32)
+        try:
+            encoded = encode()
+        finally:
+            vae.to(dtype)
+        if finite(encoded):
+            return encoded
+    raise ValueError(
+        f"{type(vae).__name__} gave NaN or infinite latents in float32. Its weights or the pixels are not finite; "
+        "check how the pipeline was loaded and saved."
+    )
+
+
+def encode_with_autoencoder_kl(vae: ModelMixin, pixels: Tensor, *, in_float32: bool = False) -> tuple[Tensor, Tensor]:
+    """`encode_images` for pipelines with an `AutoencoderKL`: `(z - shift_factor) * scaling_factor`.
+
+    Args:
+        in_float32: See `encode_finite`.
+    """
+    mean, std = encode_finite(
+        vae, pixels, lambda output: (output.latent_dist.mean, output.latent_dist.std), in_float32=in_float32
+    )
     shift = vae.config.get("shift_factor") or 0.0
     scale = vae.config.scaling_factor
-    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+    return (mean - shift) * scale, std * scale
+
+
+def encode_with_channel_statistics(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """`(z - latents_mean) / latents_std` per channel, for VAEs of videos, `(B, 3, F, H, W)` to `(B, C, f, h, w)`."""
+    mean, std = encode_finite(vae, pixels, lambda output: (output.latent_dist.mean, output.latent_dist.std))
+    shift, scale = (
+        torch.tensor(values, device=mean.device).reshape(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (mean - shift) / scale, std / scale
