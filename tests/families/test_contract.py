@@ -98,20 +98,19 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, prompts, dtype):
     case, pipeline = tiny.CASES[name], tiny.build(name, dtype=dtype)
     family = family_for(pipeline)
     recorder = Recorder(family.denoiser(pipeline))
-    sample(pipeline, name, prompts)
-    # The last step's latents are no longer plain noise.
-    theirs, their_output = recorder.calls[-1], recorder.outputs[-1]
-    latents = theirs["sample" if family.denoiser_name == "unet" else "hidden_states"]
-    time = pipeline.scheduler.timesteps[-1].expand(len(prompts))
-    x_t = case.unpack(pipeline, latents)
-    with torch.no_grad():
-        prediction = family.predict(
-            family.denoiser(pipeline), x_t, time, conditioning_for(family, pipeline, name, prompts)
-        )
-    assert_same_arguments(recorder.calls[-1], theirs)
-    assert prediction.shape == x_t.shape
-    expected = case.unpack(pipeline, their_output)
-    torch.testing.assert_close(prediction, expected[:, : x_t.shape[1]], rtol=0, atol=0)
+    sample(pipeline, name, prompts, num_inference_steps=5)
+    conditioning = conditioning_for(family, pipeline, name, prompts)
+    calls, outputs, times = recorder.calls[:], recorder.outputs[:], pipeline.scheduler.timesteps
+    assert len(calls) == len(times)
+    for theirs, their_output, time in zip(calls, outputs, times, strict=True):
+        latents = theirs["sample" if family.denoiser_name == "unet" else "hidden_states"]
+        x_t = case.unpack(pipeline, latents)
+        with torch.no_grad():
+            prediction = family.predict(family.denoiser(pipeline), x_t, time.expand(len(prompts)), conditioning)
+        assert_same_arguments(recorder.calls[-1], theirs)
+        assert prediction.shape == x_t.shape
+        expected = case.unpack(pipeline, their_output)
+        torch.testing.assert_close(prediction, expected[:, : x_t.shape[1]], rtol=0, atol=0)
 
 
 @every_family

@@ -390,6 +390,11 @@ CASES = {
         call={"guidance_scale": 1.0, "original_size": (40, 30), "crops_coords_top_left": (3, 5)},
         prediction_type="epsilon",
     ),
+    # Playground 2.5 gives SDXL's pipeline a VAE with a mean and deviation per channel.
+    "stable_diffusion_xl_with_channel_statistics": Case(
+        lambda: build_stable_diffusion_xl(latents_mean=(0.1, -0.2, 0.3, -0.4), latents_std=(1.5, 0.5, 2.0, 1.0)),
+        prediction_type="epsilon",
+    ),
     "stable_diffusion_3": Case(build_stable_diffusion_3),
     "stable_diffusion_3_without_t5": Case(lambda: build_stable_diffusion_3(absent=(3,))),
     "flux_dev": Case(

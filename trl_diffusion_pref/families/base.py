@@ -3,7 +3,8 @@
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,20 @@ def _warn_of_non_finite_latents(vae: str, dtype: torch.dtype) -> None:
     )
 
 
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    # The same tensors come back, whatever mixture of dtypes they had. diffusers' own to() warns at every cast.
+    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    kept = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data
+
+
 def encode_finite(
     vae: ModelMixin,
     pixels: Tensor,
@@ -201,11 +216,8 @@ def encode_finite(
         if dtype != torch.float32:
             _warn_of_non_finite_latents(type(vae).__name__, dtype)
     if dtype != torch.float32:
-        vae.to(torch.float32)
-        try:
+        with _in_float32(vae):
             encoded = encode()
-        finally:
-            vae.to(dtype)
         if finite(encoded):
             return encoded
     raise ValueError(
