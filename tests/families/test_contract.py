@@ -1,6 +1,7 @@
 """What every family must hold, on tiny pipelines of the real classes: see `tiny.CASES`."""
 
 import inspect
+from itertools import takewhile
 
 import pytest
 import tiny
@@ -19,21 +20,25 @@ every_family = pytest.mark.parametrize("name", tiny.CASES)
 
 
 class Recorder:
-    """Keeps each call of a module: its arguments by name, and its output."""
+    """Keeps each call of a module: its arguments, as they were and by name, and its output."""
 
     def __init__(self, module: nn.Module) -> None:
         self.calls: list[dict] = []
+        self.raw: list[tuple[tuple, dict]] = []
         self.outputs: list[Tensor] = []
         self._signature = inspect.signature(module.forward)
         module.register_forward_pre_hook(self._enter, with_kwargs=True)
         module.register_forward_hook(lambda module, args, output: self.outputs.append(output[0]))
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.raw.append((args, kwargs))
         arguments = self._signature.bind(*args, **kwargs).arguments
-        # Dictionaries are compared entry by entry; an empty one says as much as None.
+        # Dictionaries and tuples are compared entry by entry; an empty one says as much as None.
         for name, value in list(arguments.items()):
             if isinstance(value, dict):
                 arguments |= {f"{name}.{key}": entry for key, entry in arguments.pop(name).items()}
+            elif isinstance(value, tuple):
+                arguments |= {f"{name}.{key}": entry for key, entry in enumerate(arguments.pop(name))}
         arguments.pop("return_dict", None)
         self.calls.append({name: value for name, value in arguments.items() if value is not None})
 
@@ -129,15 +134,18 @@ def test_conditioning_of_a_prompt_has_one_shape_whatever_the_prompt(name):
 def test_encoded_latents_decode_to_the_vae_s_own_reconstruction(name, monkeypatch):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     family = family_for(pipeline)
-    pixels = torch.rand(1, 3, *case.size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = case.pixels()
     mean, _ = family.encode_images(pipeline, pixels)
     # The pipeline's own decoding, whatever it shifts and scales by: the sampler's last step returns these latents.
     monkeypatch.setattr(pipeline.scheduler, "step", lambda *args, **kwargs: (case.pack(pipeline, mean),))
     decoded = sample(pipeline, name, PROMPTS[:1], output_type="pt")
     with torch.no_grad():
-        of_vae = pipeline.vae.encode(pixels if name != "qwen_image" else pixels.unsqueeze(2))
+        of_vae = pipeline.vae.encode(case.to_vae(pixels))
         z = of_vae.latent_dist.mode() if hasattr(of_vae, "latent_dist") else of_vae.latent
         expected = pipeline.vae.decode(z, return_dict=False)[0]
+    if case.frames is not None:
+        # The pipelines' clips have frames before channels.
+        expected = expected.transpose(1, 2)
     expected = (expected.reshape(decoded.shape) / 2 + 0.5).clamp(0, 1)
     assert expected.std() > 0.01
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
@@ -147,18 +155,14 @@ def test_encoded_latents_decode_to_the_vae_s_own_reconstruction(name, monkeypatc
 def test_latents_means_and_deviations_have_one_scale(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     family = family_for(pipeline)
-    generator = torch.Generator().manual_seed(1)
-    pixels, others = (torch.rand(1, 3, *case.size, generator=generator) * 2 - 1 for _ in range(2))
+    pixels, others = case.pixels(seed=1), case.pixels(seed=2)
     mean, std = family.encode_images(pipeline, pixels)
     assert mean.dtype == std.dtype == torch.float32
     if name == "sana":
         assert not std.any()
         return
     with torch.no_grad():
-        posterior, other = (
-            pipeline.vae.encode(images if name != "qwen_image" else images.unsqueeze(2)).latent_dist
-            for images in (pixels, others)
-        )
+        posterior, other = (pipeline.vae.encode(case.to_vae(images)).latent_dist for images in (pixels, others))
     scale = (mean - family.encode_images(pipeline, others)[0]) / (posterior.mean - other.mean).reshape(mean.shape)
     torch.testing.assert_close(std / posterior.std.reshape(std.shape), scale, rtol=1e-2, atol=1e-2)
 
@@ -205,30 +209,24 @@ def test_a_saved_lora_gives_the_same_output_in_a_fresh_pipeline(name, tmp_path):
     family = family_for(pipeline)
     recorder = Recorder(family.denoiser(pipeline))
     sample(pipeline, name, PROMPTS)
-    call = recorder.calls[-1]
-    arguments = {key: value for key, value in call.items() if "." not in key} | {"return_dict": False}
-    if nested := {key.split(".")[1]: value for key, value in call.items() if "." in key}:
-        arguments["added_cond_kwargs"] = nested
-    arguments.setdefault("added_cond_kwargs", {"resolution": None, "aspect_ratio": None})
-    if "added_cond_kwargs" not in inspect.signature(family.denoiser(pipeline).forward).parameters:
-        del arguments["added_cond_kwargs"]
+    args, kwargs = recorder.raw[-1]
 
     # alpha is not r: a file that does not say so loads at a fourth of the scale.
     config = LoraConfig(r=2, lora_alpha=8, target_modules=list(family.lora_target_modules), init_lora_weights=False)
     denoiser = get_peft_model(family.denoiser(pipeline), config).eval()
     with torch.no_grad():
-        expected = denoiser(**arguments)[0]
+        expected = denoiser(*args, **kwargs)[0]
     export_lora(pipeline, family, denoiser, tmp_path)
 
     fresh = tiny.build(name)
     with torch.no_grad():
-        base = family.denoiser(fresh)(**arguments)[0]
+        base = family.denoiser(fresh)(*args, **kwargs)[0]
         if family.lora_format == "peft":
             loaded = PeftModel.from_pretrained(family.denoiser(fresh), tmp_path).eval()
         else:
             fresh.load_lora_weights(tmp_path)
             loaded = family.denoiser(fresh)
-        output = loaded(**arguments)[0]
+        output = loaded(*args, **kwargs)[0]
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
@@ -237,7 +235,7 @@ def test_a_saved_lora_gives_the_same_output_in_a_fresh_pipeline(name, tmp_path):
 def test_predict_takes_a_wrapped_denoiser(name):
     pipeline = tiny.build(name)
     family = family_for(pipeline)
-    mean, _ = family.encode_images(pipeline, torch.zeros(2, 3, *tiny.CASES[name].size))
+    mean, _ = family.encode_images(pipeline, tiny.CASES[name].pixels(batch=2))
     conditioning = conditioning_for(family, pipeline, name, PROMPTS)
     time = torch.tensor([500.0, 20.0])
     with torch.no_grad():
@@ -247,7 +245,7 @@ def test_predict_takes_a_wrapped_denoiser(name):
         torch.testing.assert_close(family.predict(wrapped, mean, time, conditioning), expected)
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.CASES if name != "sana"])
+@pytest.mark.parametrize("name", [name for name, case in tiny.CASES.items() if name != "sana" and case.frames is None])
 def test_resolution_is_what_the_pipeline_generates(name, monkeypatch):
     pipeline = tiny.build(name)
     options = {"clean_caption": False, "use_resolution_binning": False} if name == "pixart_sigma" else {}
@@ -264,12 +262,21 @@ def test_resolution_of_sana_is_the_centre_of_its_bins(sample_size, resolution, m
     assert family_for(pipeline).resolution(pipeline) == resolution
 
 
-def generated_size(pipeline: DiffusionPipeline, monkeypatch, **options) -> tuple[int, int]:
-    """Height and width in pixels that the pipeline draws by default, stopped before it does."""
+@pytest.mark.parametrize("name", [name for name, case in tiny.CASES.items() if case.frames is not None])
+def test_size_and_frames_of_a_clip_are_what_the_pipeline_generates(name, monkeypatch):
+    pipeline = tiny.build(name)
+    family = family_for(pipeline)
+    frames, height, width = family.video_size(pipeline)
+    assert sorted(generated_size(pipeline, monkeypatch)) == sorted((frames, height, width))
+    assert family.resolution(pipeline) == min(height, width)
+
+
+def generated_size(pipeline: DiffusionPipeline, monkeypatch, **options) -> tuple[int, ...]:
+    """Sizes in pixels and frames of what the pipeline draws by default, as its `prepare_latents` gets them."""
     sizes = []
 
-    def stop(batch_size, channels, height, width, *args, **kwargs):
-        sizes.append((height, width))
+    def stop(batch_size, channels, *args):
+        sizes.append(tuple(takewhile(lambda value: isinstance(value, int), args)))
         raise InterruptedError
 
     monkeypatch.setattr(pipeline, "prepare_latents", stop)

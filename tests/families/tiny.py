@@ -9,7 +9,12 @@ from conftest import build_tiny_pipeline
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -26,6 +31,9 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -43,6 +51,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from trl_diffusion_pref.shapes import pipeline_folder
@@ -335,6 +345,74 @@ def build_qwen_image() -> QwenImagePipeline:
     )
 
 
+def build_wan() -> WanPipeline:
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    tokenizer = t5_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    # As published: a multistep solver set to flows.
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+    )
+
+
+def build_cogvideox(patch_size_t: int | None = None) -> CogVideoXPipeline:
+    """With `patch_size_t`, what CogVideoX 1.5 changed; else 1.0's larger model, which rotates positions."""
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=4,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        patch_size_t=patch_size_t,
+        patch_bias=patch_size_t is None,
+        temporal_compression_ratio=4,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+        timestep_spacing="trailing",
+    )
+    return CogVideoXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_text_encoder(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+
+
 def unchanged(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return latents
 
@@ -350,6 +428,15 @@ def unpack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return unpacked[:, :, 0] if unpacked.ndim == 5 else unpacked
 
 
+def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Of CogVideoX; its own inverse."""
+    return latents.transpose(1, 2)
+
+
+def unchanged_pixels(pixels: Tensor) -> Tensor:
+    return pixels
+
+
 @dataclass(frozen=True)
 class Case:
     """What the contract test must know of a family beyond the family itself.
@@ -362,6 +449,8 @@ class Case:
         conditioning: What replaces the training's values by those that `call` has.
         prediction_type: Of a variance-preserving process; None for a flow.
         size: Height and width in pixels.
+        frames: Of a clip; None for an image.
+        to_vae: Images or clips in the layout that the VAE takes.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -371,6 +460,13 @@ class Case:
     conditioning: dict[str, float] = field(default_factory=dict)
     prediction_type: str | None = None
     size: tuple[int, int] = (16, 24)
+    frames: int | None = None
+    to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
+
+    def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
+        """Random images or clips."""
+        shape = (batch, 3, *(() if self.frames is None else (self.frames,)), *self.size)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 NO_BINS = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
@@ -403,7 +499,32 @@ CASES = {
     "flux_schnell": Case(lambda: build_flux(guidance_embeds=False), call={}, pack=pack, unpack=unpack),
     "pixart_sigma": Case(build_pixart_sigma, call=NO_BINS, prediction_type="epsilon"),
     "sana": Case(build_sana, call=NO_BINS, size=(32, 64)),
-    "qwen_image": Case(build_qwen_image, call={"true_cfg_scale": 1.0}, pack=pack, unpack=unpack),
+    "qwen_image": Case(
+        build_qwen_image,
+        call={"true_cfg_scale": 1.0},
+        pack=pack,
+        unpack=unpack,
+        to_vae=lambda pixels: pixels.unsqueeze(2),
+    ),
+    "wan": Case(build_wan, call={"guidance_scale": 1.0, "num_frames": 5}, size=(16, 32), frames=5),
+    "cogvideox": Case(
+        build_cogvideox,
+        call={"guidance_scale": 1.0, "num_frames": 9},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=frames_first,
+        size=(16, 32),
+        frames=9,
+    ),
+    "cogvideox_1_5": Case(
+        lambda: build_cogvideox(patch_size_t=2),
+        call={"guidance_scale": 1.0, "num_frames": 5},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=frames_first,
+        size=(16, 32),
+        frames=5,
+    ),
 }
 
 

@@ -31,6 +31,7 @@ class Family(ABC):
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         lora_target_modules: Default targets, those of diffusers' own training examples.
+        modality: What a sample is, "image" or "video".
         lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
             that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
     """
@@ -39,6 +40,7 @@ class Family(ABC):
     denoiser_name: str
     encoder_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
+    modality: str = "image"
     lora_format: str = "diffusers"
 
     def denoiser(self, pipeline: DiffusionPipeline) -> nn.Module:
@@ -125,6 +127,40 @@ class Family(ABC):
         """Writes `pytorch_lora_weights.safetensors` with adapter metadata, without which it loads at a wrong scale."""
         layers, layers_metadata = f"{self.denoiser_name}_lora_layers", f"{self.denoiser_name}_lora_adapter_metadata"
         pipeline.save_lora_weights(folder, **{layers: state_dict, layers_metadata: metadata})
+
+
+class VideoFamily(Family):
+    """For pipelines that generate clips: `encode_images` takes `(B, 3, F, H, W)` and gives `(B, C, f, h, w)`."""
+
+    modality = "video"
+
+    @abstractmethod
+    def video_size(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
+        """Frames, height and width in pixels of the clips that the pipeline generates by default."""
+
+    def resolution(self, pipeline: DiffusionPipeline) -> int:
+        """The shorter side of a clip."""
+        return min(self.video_size(pipeline)[1:])
+
+    @staticmethod
+    def check_clips(pipeline: DiffusionPipeline, pixels: Tensor) -> None:
+        """Refuses what the VAE would cut short or mistake.
+
+        Raises:
+            ValueError: Not clips, or a number of frames that is no multiple of the VAE's temporal factor, plus one.
+        """
+        if pixels.ndim != 5:
+            raise ValueError(
+                f"{type(pipeline).__name__} generates clips, but got pixels of shape {tuple(pixels.shape)}. Pass "
+                "(batch, 3, frames, height, width); for images take a pipeline that generates images."
+            )
+        factor, frames = pipeline.vae_scale_factor_temporal, pixels.shape[2]
+        if frames % factor != 1 and factor > 1:
+            below = max((frames - 1) // factor * factor, 0) + 1
+            raise ValueError(
+                f"A clip has {frames} frames, but the {type(pipeline.vae).__name__} takes a multiple of {factor} plus "
+                f"one. Cut it to {below} frames, or bring {below + factor}."
+            )
 
 
 class PeftFormatFamily(Family):
