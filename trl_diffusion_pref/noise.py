@@ -1,8 +1,8 @@
 """Noise processes, built from a diffusers scheduler: how latents are corrupted and what the denoiser is asked for.
 
-Two classes, one per kind of process. Nothing here knows a model; time is counted in the process's own unit (integer
-training steps for variance-preserving processes, t in [0, 1] for rectified flow), and `model_time` gives what the
-denoiser is called with.
+One class per kind of process. Nothing here knows a model; time is counted in the process's own unit (integer training
+steps for variance-preserving processes with a table of betas, t in [0, 1] for the others), and `model_time` gives what
+the denoiser is called with.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # diffusers writes 2^-24 where rescaled betas make alphas_cumprod zero; Stable Diffusion's smallest value is 0.0047.
 _ZERO_SNR = 1e-6
 
-_FIRST_FLOW_TIME = 1e-3
+# Of processes with continuous times: at t = 0 there is no noise to predict, and the ELBO's weight is infinite.
+_FIRST_TIME = 1e-3
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -189,8 +190,7 @@ class RectifiedFlow(NoiseProcess):
         return x_t.float() - _per_sample(t.float(), x_t) * prediction.float()
 
     def times_at(self, quantiles: Tensor) -> Tensor:
-        # At t = 0 there is no noise to predict, and the ELBO's weight is infinite.
-        return quantiles.float().clamp(min=_FIRST_FLOW_TIME)
+        return quantiles.float().clamp(min=_FIRST_TIME)
 
     def squared_x0_scale(self, t: Tensor) -> Tensor:
         return t.float().square()
@@ -206,6 +206,48 @@ class RectifiedFlow(NoiseProcess):
         return t * self.num_train_timesteps
 
 
+class ContinuousVariancePreserving(NoiseProcess):
+    """x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise, target v = alpha noise - sigma x0, t in [0, 1].
+
+    Stable Audio Open's (arXiv 2407.14358), with the angle of arXiv 2202.00512, appendix D. Its sampler counts in
+    sigma / alpha, and scales what it hands to the denoiser to this x_t. Times are drawn uniformly.
+    """
+
+    prediction_type = "v_prediction"
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.num_train_timesteps = num_train_timesteps
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angle = t.float() * (torch.pi / 2)
+        return angle.cos(), angle.sin()
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (_per_sample(value, x0) for value in self.alpha_sigma(t))
+        return alpha * noise.float() - sigma * x0.float()
+
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (_per_sample(value, x_t) for value in self.alpha_sigma(t))
+        return alpha * x_t.float() - sigma * prediction.float()
+
+    def times_at(self, quantiles: Tensor) -> Tensor:
+        return quantiles.float().clamp(min=_FIRST_TIME)
+
+    def squared_x0_scale(self, t: Tensor) -> Tensor:
+        return self.alpha_sigma(t)[1].square()
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """`-1/2 dSNR/dt = pi/2 alpha / sigma^3`."""
+        alpha, sigma = self.alpha_sigma(t)
+        return torch.pi / 2 * alpha / sigma**3
+
+    def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(n, generator=generator, device=generator.device)
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t
+
+
 def noise_process(scheduler) -> NoiseProcess:
     """The noise process that a pipeline with this scheduler was trained for.
 
@@ -213,10 +255,19 @@ def noise_process(scheduler) -> NoiseProcess:
         scheduler: A diffusers scheduler; its sampling method does not matter, its betas and prediction type do.
 
     Raises:
-        TypeError: The scheduler belongs to neither kind of process.
+        TypeError: The scheduler belongs to none of these processes.
+        ValueError: It does, with a prediction type that cannot be trained.
     """
     if type(scheduler).__name__.startswith("FlowMatch"):
         return RectifiedFlow(scheduler.config.num_train_timesteps)
+    if type(scheduler).__name__ == "CosineDPMSolverMultistepScheduler":
+        if scheduler.config.prediction_type != "v_prediction" or scheduler.config.sigma_data != 1.0:
+            raise ValueError(
+                f"CosineDPMSolverMultistepScheduler with prediction_type={scheduler.config.prediction_type!r} and "
+                f"sigma_data={scheduler.config.sigma_data}: only 'v_prediction' and 1.0, which Stable Audio Open has, "
+                "can be trained."
+            )
+        return ContinuousVariancePreserving(scheduler.config.num_train_timesteps)
     if hasattr(scheduler, "alphas_cumprod"):
         prediction_type = scheduler.config.get("prediction_type", "epsilon")
         # Multistep solvers (Sana's, Wan's) have alphas_cumprod even where the model is a flow.

@@ -1,7 +1,10 @@
 """Pipelines of the real classes with random weights, from small configs. Nothing is downloaded."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    AutoencoderOobleck,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -28,6 +32,9 @@ from diffusers import (
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
     StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -56,6 +63,12 @@ from transformers import (
 )
 
 from trl_diffusion_pref.shapes import pipeline_folder
+
+
+if find_spec("torchsde") is None:
+    # Stable Audio's sampler imports it for its noise; the tests do without both.
+    sys.modules["torchsde"] = ModuleType("torchsde")
+from diffusers.schedulers.scheduling_cosine_dpmsolver_multistep import CosineDPMSolverMultistepScheduler  # noqa: E402
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -428,6 +441,49 @@ def unpack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return unpacked[:, :, 0] if unpacked.ndim == 5 else unpacked
 
 
+class NoNoise:
+    def __init__(self, sample: Tensor, **kwargs) -> None:
+        self._zeros = torch.zeros_like(sample)
+
+    def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        return self._zeros
+
+
+def build_stable_audio() -> StableAudioPipeline:
+    """Eight seconds at 16 Hz, eight samples per latent."""
+    tokenizer = t5_tokenizer()
+    tokenizer.model_max_length = 64
+    return StableAudioPipeline(
+        vae=AutoencoderOobleck(
+            encoder_hidden_size=8,
+            downsampling_ratios=[2, 4],
+            channel_multiples=[1, 2],
+            decoder_channels=8,
+            decoder_input_channels=4,
+            sampling_rate=16,
+        ),
+        text_encoder=t5_text_encoder(),
+        projection_model=StableAudioProjectionModel(
+            text_encoder_dim=32, conditioning_dim=16, min_value=0, max_value=512
+        ),
+        tokenizer=tokenizer,
+        transformer=StableAudioDiTModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_attention_heads=1,
+            cross_attention_dim=16,
+            cross_attention_input_dim=16,
+            time_proj_dim=16,
+            global_states_input_dim=32,
+        ),
+        scheduler=CosineDPMSolverMultistepScheduler(),
+    )
+
+
 def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Of CogVideoX; its own inverse."""
     return latents.transpose(1, 2)
@@ -448,7 +504,7 @@ class Case:
         unpack: The inverse.
         conditioning: What replaces the training's values by those that `call` has.
         prediction_type: Of a variance-preserving process; None for a flow.
-        size: Height and width in pixels.
+        size: Height and width in pixels; empty for sound.
         frames: Of a clip; None for an image.
         to_vae: Images or clips in the layout that the VAE takes.
     """
@@ -459,13 +515,15 @@ class Case:
     unpack: Callable[[DiffusionPipeline, Tensor], Tensor] = unchanged
     conditioning: dict[str, float] = field(default_factory=dict)
     prediction_type: str | None = None
-    size: tuple[int, int] = (16, 24)
+    size: tuple[int, ...] = (16, 24)
     frames: int | None = None
     to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
 
     def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
-        """Random images or clips."""
+        """Random images or clips, or waveforms of eight seconds."""
         shape = (batch, 3, *(() if self.frames is None else (self.frames,)), *self.size)
+        if not self.size:
+            shape = (batch, 2, 128)
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -525,7 +583,11 @@ CASES = {
         size=(16, 32),
         frames=5,
     ),
+    "stable_audio": Case(build_stable_audio, prediction_type="v_prediction", size=()),
 }
+
+VIDEO_CASES = [name for name, case in CASES.items() if case.frames is not None]
+IMAGE_CASES = [name for name, case in CASES.items() if case.size and case.frames is None]
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -12,19 +12,20 @@ from importlib.metadata import entry_points
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .base import Family, VideoFamily
+from .base import AudioFamily, Family, VideoFamily
 from .cogvideox import CogVideoXFamily
 from .flux import FluxFamily
 from .pixart_sigma import PixArtSigmaFamily
 from .qwen_image import QwenImageFamily
 from .sana import SanaFamily
+from .stable_audio import StableAudioFamily
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
 from .wan import WanFamily
 
 
-__all__ = ["Family", "VideoFamily", "family_for", "register_family", "supported_pipelines"]
+__all__ = ["AudioFamily", "Family", "VideoFamily", "family_for", "register_family", "supported_pipelines"]
 
 _ENTRY_POINT_GROUP = "trl_diffusion_pref.families"
 
@@ -40,6 +41,7 @@ _FAMILIES: dict[str, Family] = {
         QwenImageFamily(),
         WanFamily(),
         CogVideoXFamily(),
+        StableAudioFamily(),
     )
 }
 

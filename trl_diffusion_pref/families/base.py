@@ -31,7 +31,7 @@ class Family(ABC):
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         lora_target_modules: Default targets, those of diffusers' own training examples.
-        modality: What a sample is, "image" or "video".
+        modality: What a sample is, "image", "video" or "audio".
         lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
             that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
     """
@@ -160,6 +160,42 @@ class VideoFamily(Family):
             raise ValueError(
                 f"A clip has {frames} frames, but the {type(pipeline.vae).__name__} takes a multiple of {factor} plus "
                 f"one. Cut it to {below} frames, or bring {below + factor}."
+            )
+
+
+class AudioFamily(Family):
+    """For pipelines that generate sound: `encode_images` takes `(B, channels, samples)` and gives `(B, C, l)`."""
+
+    modality = "audio"
+
+    @abstractmethod
+    def sampling_rate(self, pipeline: DiffusionPipeline) -> int:
+        """Samples per second."""
+
+    @abstractmethod
+    def audio_size(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
+        """Channels and samples of the waveforms that the denoiser was made for."""
+
+    def resolution(self, pipeline: DiffusionPipeline) -> int:
+        """Sound has none.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{type(pipeline).__name__} generates sound, which has no resolution in pixels.")
+
+    def check_waveforms(self, pipeline: DiffusionPipeline, waveforms: Tensor) -> None:
+        """Refuses waveforms of another size.
+
+        Raises:
+            ValueError: Not `(B, channels, samples)` of `audio_size`.
+        """
+        channels, samples = self.audio_size(pipeline)
+        if waveforms.ndim != 3 or waveforms.shape[1:] != (channels, samples):
+            raise ValueError(
+                f"{type(pipeline).__name__} takes waveforms (batch, {channels}, {samples}), "
+                f"{samples / self.sampling_rate(pipeline):g} s at {self.sampling_rate(pipeline)} Hz, but got "
+                f"{tuple(waveforms.shape)}. Resample, repeat or mix the channels, and cut or pad with silence."
             )
 
 
