@@ -71,11 +71,13 @@ def test_the_vae_of_stable_diffusion_xl_is_encoded_in_float32_where_its_config_s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_latents_that_are_not_finite_in_float32_either_are_refused(dtype, pixels):
+def test_latents_that_are_not_finite_in_float32_either_are_handed_on(dtype, pixels):
     vae = tiny.autoencoder_kl().to(dtype)
     pixels[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="AutoencoderKL gave NaN or infinite latents in float32"):
-        base.encode_with_autoencoder_kl(vae, pixels)
+    mean, _ = base.encode_with_autoencoder_kl(vae, pixels)
+    # Of the first image only; the caller names the row.
+    assert not mean[0].isfinite().all()
+    assert mean[1].isfinite().all()
     assert vae.dtype == dtype
 
 
