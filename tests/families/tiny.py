@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from conftest import build_tiny_pipeline
 from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
@@ -45,6 +48,9 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -52,9 +58,14 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    RobertaTokenizer,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -484,6 +495,79 @@ def build_stable_audio() -> StableAudioPipeline:
     )
 
 
+def build_audioldm2() -> AudioLDM2Pipeline:
+    """2,560 samples at 16 kHz, 160 per frame, two frames and two mels per latent."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    letters = [*special, *sorted(ByteLevel.alphabet())]
+    tokenizer = RobertaTokenizer(
+        vocab={letter: number for number, letter in enumerate(letters)}, merges=[], model_max_length=64
+    )
+    tokenizer_2 = t5_tokenizer()
+    tokenizer_2.model_max_length = 64
+    clap = ClapModel(
+        ClapConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "projection_dim": 8,
+                "max_position_embeddings": 80,
+            },
+            audio_config={
+                "spec_size": 8,
+                "window_size": 4,
+                "num_mel_bins": 8,
+                "intermediate_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [1, 1],
+                "num_hidden_layers": 2,
+                "hidden_size": 192,
+                "projection_dim": 8,
+                "patch_size": 2,
+                "patch_stride": 2,
+                "patch_embed_input_channels": 4,
+            },
+            projection_dim=16,
+        )
+    )
+    language_model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16, n_positions=128))
+    language_model.config.max_new_tokens = 8
+    return AudioLDM2Pipeline(
+        vae=autoencoder_kl(in_channels=1, out_channels=1),
+        text_encoder=clap,
+        text_encoder_2=t5_text_encoder(),
+        projection_model=AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=32, langauge_model_dim=8),
+        language_model=language_model,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        feature_extractor=ClapFeatureExtractor(feature_size=4),
+        unet=AudioLDM2UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=((None, 8, 32), (None, 8, 32)),
+            attention_head_dim=4,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, steps_offset=1),
+        vocoder=SpeechT5HifiGan(
+            SpeechT5HifiGanConfig(
+                model_in_dim=16,
+                upsample_initial_channel=16,
+                upsample_rates=[10, 16],
+                upsample_kernel_sizes=[20, 32],
+                resblock_kernel_sizes=[3],
+                resblock_dilation_sizes=[[1]],
+                normalize_before=False,
+            )
+        ),
+    )
+
+
 def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Of CogVideoX; its own inverse."""
     return latents.transpose(1, 2)
@@ -506,6 +590,7 @@ class Case:
         prediction_type: Of a variance-preserving process; None for a flow.
         size: Height and width in pixels; empty for sound.
         frames: Of a clip; None for an image.
+        waveform: Channels and samples of sound; None for what is seen.
         to_vae: Images or clips in the layout that the VAE takes.
     """
 
@@ -517,13 +602,14 @@ class Case:
     prediction_type: str | None = None
     size: tuple[int, ...] = (16, 24)
     frames: int | None = None
+    waveform: tuple[int, int] | None = None
     to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
 
     def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
-        """Random images or clips, or waveforms of eight seconds."""
+        """Random images, clips or waveforms."""
         shape = (batch, 3, *(() if self.frames is None else (self.frames,)), *self.size)
-        if not self.size:
-            shape = (batch, 2, 128)
+        if self.waveform:
+            shape = (batch, *self.waveform)
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -583,7 +669,8 @@ CASES = {
         size=(16, 32),
         frames=5,
     ),
-    "stable_audio": Case(build_stable_audio, prediction_type="v_prediction", size=()),
+    "stable_audio": Case(build_stable_audio, prediction_type="v_prediction", size=(), waveform=(2, 128)),
+    "audioldm2": Case(build_audioldm2, prediction_type="epsilon", size=(), waveform=(1, 2560)),
 }
 
 VIDEO_CASES = [name for name, case in CASES.items() if case.frames is not None]

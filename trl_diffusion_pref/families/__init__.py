@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from .audioldm2 import AudioLDM2Family
 from .base import AudioFamily, Family, VideoFamily
 from .cogvideox import CogVideoXFamily
 from .flux import FluxFamily
@@ -42,6 +43,7 @@ _FAMILIES: dict[str, Family] = {
         WanFamily(),
         CogVideoXFamily(),
         StableAudioFamily(),
+        AudioLDM2Family(),
     )
 }
 

@@ -31,6 +31,7 @@ class Family(ABC):
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         lora_target_modules: Default targets, those of diffusers' own training examples.
+        gradient_checkpointing: Whether the denoiser computes the same with it.
         modality: What a sample is, "image", "video" or "audio".
         lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
             that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
@@ -40,6 +41,7 @@ class Family(ABC):
     denoiser_name: str
     encoder_names: tuple[str, ...]
     lora_target_modules: tuple[str, ...]
+    gradient_checkpointing: bool = True
     modality: str = "image"
     lora_format: str = "diffusers"
 
