@@ -28,6 +28,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/accuracy_spread.py
 	$(BIN)/python benchmarks/reference_draws.py
 	$(BIN)/python benchmarks/self_npo.py
+	$(BIN)/python benchmarks/self_npo_step_time.py
 	$(BIN)/python benchmarks/diffusion_npo.py
 
 # Trains the embedded pipelines anew, about half an hour on two cores.

@@ -67,14 +67,14 @@ def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_self_npo_makes_a_negative_model_that_draws_worse_and_can_guide(lora, tmp_path, capsys):
+def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(lora, tmp_path, capsys):
     arguments = ["--lora", "--learning_rate", "1e-3"] if lora else []
     pictures = run("self_npo_shapes", "--output_dir", str(tmp_path / "out"), "--max_steps", "60", *arguments)
     plain, negative, guided = (summarize(pictures[name], ASKED) for name in ("plain", "negative", "guided"))
     assert plain.clean >= 0.75
-    # w = -1 teaches the unconditional prediction: alone it ignores the prompt and draws worse
-    assert negative.clean <= plain.clean - 0.3 and negative.colour <= 0.7
-    assert guided.colour >= 0.95 and guided.shape >= 0.95 and guided.clean >= plain.clean - 0.15
+    # w = -1 teaches the unconditional prediction: alone the negative model ignores the prompt
+    assert negative.colour <= 0.6
+    assert guided.colour >= 0.95 and guided.shape >= 0.95 and guided.clean >= plain.clean - 0.1
     assert "guided" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "before_after.png").size[0] > 1500
 
@@ -86,7 +86,7 @@ def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method
         "output_dir": str(tmp_path),
         "negative": True,
         "max_steps": 30,
-        "learning_rate": 1e-3,
+        "prompt_dropout": 0.2,
         "per_device_train_batch_size": 32,
         "activation_checkpointing": False,
         "save_strategy": "no",
@@ -94,9 +94,11 @@ def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method
     }
     lora, pairs = LoraConfig(r=8, lora_alpha=8), preference_pairs(256)
     if method == "mapo":
-        trainer = MaPOTrainer(str(pipeline_folder()), MaPOConfig(**common), pairs, peft_config=lora)
+        trainer = MaPOTrainer(
+            str(pipeline_folder()), MaPOConfig(**common, learning_rate=3e-3), pairs, peft_config=lora
+        )
     else:
-        config = DiffusionDPOConfig(**common, beta=500.0, divergence_guard="off")
+        config = DiffusionDPOConfig(**common, learning_rate=1e-3, beta=500.0, divergence_guard="off")
         trainer = DiffusionDPOTrainer(str(pipeline_folder()), config, pairs, peft_config=lora)
     trainer.train()
     trainer.save_model()

@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
-from trl_diffusion_pref.noise import RectifiedFlow, VariancePreserving, noise_process
+from trl_diffusion_pref.noise import ContinuousVariancePreserving, RectifiedFlow, VariancePreserving, noise_process
 
 
 def scheduler(prediction_type: str, **options) -> DDPMScheduler:
@@ -126,3 +132,39 @@ def test_half_precision_latents_are_corrupted_in_float32():
     process = noise_process(scheduler("epsilon"))
     x = torch.randn(2, 3).bfloat16()
     assert process.corrupt(x, x, torch.tensor([3, 4])).dtype == torch.float32
+
+
+def test_a_multistep_solver_set_to_flows_is_a_flow():
+    for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+        process = noise_process(kind(prediction_type="flow_prediction", use_flow_sigmas=True))
+        assert isinstance(process, RectifiedFlow)
+        assert process.num_train_timesteps == 1000
+        assert isinstance(noise_process(kind()), VariancePreserving)
+
+
+def test_the_continuous_process_keeps_the_variance_and_inverts(sample):
+    x0, noise, _ = sample
+    process = ContinuousVariancePreserving()
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    alpha, sigma = process.alpha_sigma(t)
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(5))
+    x_t = process.corrupt(x0, noise, t)
+    torch.testing.assert_close(x_t[0], x0[0])
+    torch.testing.assert_close(x_t[4], noise[4])
+    # v is the velocity of the angle, pi t / 2
+    step = 1e-3
+    velocity = (process.corrupt(x0, noise, t + step) - process.corrupt(x0, noise, t - step)) / (torch.pi * step)
+    target = process.target(x0, noise, t)
+    torch.testing.assert_close(target, velocity, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(process.predict_x0(target, x_t, t), x0, rtol=1e-5, atol=1e-5)
+
+
+def test_the_continuous_process_s_elbo_weight_is_half_the_fall_of_the_snr():
+    process = ContinuousVariancePreserving()
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+    snr = 1 / torch.tan(torch.pi / 2 * t) ** 2
+    (slope,) = torch.autograd.grad(snr.sum(), t)
+    torch.testing.assert_close(process.elbo_weight(t.detach()).double(), -slope / 2, rtol=1e-4, atol=1e-6)
+    drawn = process.sample_timesteps(20000, torch.Generator().manual_seed(0))
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert drawn.std().item() == pytest.approx(12**-0.5, abs=0.01)

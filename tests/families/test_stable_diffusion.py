@@ -1,36 +1,12 @@
 import pytest
+import tiny
 import torch
-from conftest import build_tiny_pipeline
 from diffusers import DDPMPipeline, DiffusionPipeline
 from PIL import Image
 
 from trl_diffusion_pref.families import family_for, supported_pipelines
 from trl_diffusion_pref.noise import noise_process
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_predict_calls_the_denoiser_as_the_pipeline_does(prediction_type):
-    pipeline = build_tiny_pipeline(prediction_type)
-    family = family_for(pipeline)
-    calls = []
-    pipeline.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    pipeline("a red circle", guidance_scale=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-    theirs_args, theirs = calls[0]
-    x_t, timestep = theirs_args[:2]
-    calls.clear()
-    conditioning = family.encode_prompts(pipeline, ["a red circle"])
-    family.predict(pipeline.unet, x_t, noise_process(pipeline.scheduler).model_time(timestep[None]), conditioning)
-    ours_args, ours = calls[0]
-    assert torch.equal(ours_args[0], x_t)
-    assert ours_args[1].tolist() == [timestep.item()]
-    assert torch.equal(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
-    assert ours["encoder_hidden_states"].dtype == theirs["encoder_hidden_states"].dtype
-    # Whatever else the pipeline passes is off.
-    rest = {name: value for name, value in theirs.items() if name not in ("encoder_hidden_states", "return_dict")}
-    assert all(value is None for value in rest.values()), rest
 
 
 def test_encoded_latents_decode_to_the_vae_s_own_reconstruction():
@@ -48,9 +24,24 @@ def test_encoded_latents_decode_to_the_vae_s_own_reconstruction():
     assert (decoded - pixels).square().mean().sqrt().item() / 2 < 0.05
 
 
-def test_resolution_is_what_the_pipeline_generates(tiny_pipeline):
-    image = tiny_pipeline("a red circle", num_inference_steps=1).images[0]
-    assert image.size == (family_for(tiny_pipeline).resolution(tiny_pipeline),) * 2
+def test_zero_terminal_snr_ends_in_noise_that_v_prediction_can_be_trained_on():
+    process = noise_process(tiny.build("stable_diffusion_zero_terminal_snr").scheduler)
+    last = torch.tensor([process.num_train_timesteps - 1])
+    alpha, sigma = process.alpha_sigma(last)
+    assert alpha.item() < 1e-3
+    assert sigma.item() == pytest.approx(1.0)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise, prediction = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(3))
+    x_t = process.corrupt(x0, noise, last)
+    torch.testing.assert_close(x_t, noise, rtol=0, atol=1e-2)
+    torch.testing.assert_close(process.target(x0, noise, last), -x0, rtol=0, atol=1e-2)
+    assert process.predict_x0(prediction, x_t, last).isfinite().all()
+    assert process.squared_x0_scale(last).item() == pytest.approx(1.0)
+
+
+def test_zero_terminal_snr_with_epsilon_prediction_is_refused():
+    with pytest.raises(ValueError, match="zero terminal SNR"):
+        noise_process(tiny.build_stable_diffusion("epsilon", rescale_betas_zero_snr=True).scheduler)
 
 
 def test_unsupported_pipelines_are_refused_with_the_supported_ones(tiny_pipeline):

@@ -1,8 +1,6 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, a UNet, an `AutoencoderKL`."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet, an `AutoencoderKL`."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -42,12 +40,3 @@ class StableDiffusionFamily(Family):
             encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
             return_dict=False,
         )[0]
-
-    def save_lora(
-        self,
-        pipeline: StableDiffusionPipeline,
-        folder: str | Path,
-        state_dict: dict[str, Tensor],
-        metadata: dict[str, Any],
-    ) -> None:
-        pipeline.save_lora_weights(folder, unet_lora_layers=state_dict, unet_lora_adapter_metadata=metadata)

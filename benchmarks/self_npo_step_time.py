@@ -1,0 +1,110 @@
+"""What a Self-NPO step costs, in forwards of the denoiser, beside a MaPO step.
+
+    python benchmarks/self_npo_step_time.py
+
+One forward is that of the batch of samples, without gradients. A MaPO step on as many pairs trains on twice as many
+images, so half of it is what training on one batch costs. K truncated steps imply K + 1 evaluations of the teacher
+(twice that with guidance) and one such half. All take turns step by step in one process; ratios are of medians.
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from step_time import step
+
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
+from trl_diffusion_pref.shapes import load_pipeline, preference_pairs, prompts
+from trl_diffusion_pref.trainer.denormals import flush_denormals
+
+
+RESULTS = Path(__file__).parent / "results"
+STEPS, WARM_UP, BATCH_SIZE = 40, 6, 16
+# Truncated steps K and the generation's guidance scale.
+RUNS = {"K = 5, scale 0": (5, 0.0), "K = 5, scale -4": (5, -4.0), "K = 2, scale 0": (2, 0.0)}
+
+
+def build(trainer_class, config_class, data, folder: str, **options):
+    """A trainer and a batch for `step`, the EMA included in its cost."""
+    config = config_class(
+        output_dir=folder,
+        per_device_train_batch_size=BATCH_SIZE,
+        activation_checkpointing=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        max_steps=STEPS,
+        **options,
+    )
+    trainer = trainer_class(load_pipeline(), config, data)
+    trainer.create_optimizer()
+    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def self_npo_step(trainer, batch) -> float:
+    """As `step`, with the teacher's update."""
+    taken, began = step(trainer, batch), time.perf_counter()
+    trainer.teacher.move_towards(trainer.model, 1 - trainer.args.ema_decay)
+    return taken + time.perf_counter() - began
+
+
+def forward(trainer, batch) -> float:
+    """Seconds of one forward of a batch, as the teacher computes it."""
+    embeds = batch["conditioning/prompt_embeds"]
+    x = torch.randn(BATCH_SIZE, *trainer.latent_shape)
+    began = time.perf_counter()
+    with torch.no_grad():
+        trainer.call(trainer.model, x, torch.full((BATCH_SIZE,), 500), {"prompt_embeds": embeds})
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    asked = Dataset.from_dict({"prompt": 4 * prompts()})
+    with tempfile.TemporaryDirectory() as folder, flush_denormals(torch.device("cpu")):
+        mapo = build(MaPOTrainer, MaPOConfig, preference_pairs(64), folder)
+        runs = {
+            name: build(
+                SelfNPOTrainer,
+                SelfNPOConfig,
+                asked,
+                folder,
+                truncated_steps=k,
+                guidance_scale=scale,
+                learning_rate=1e-6,
+            )
+            for name, (k, scale) in RUNS.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ("forward", "MaPO", *RUNS)}
+        for number in range(WARM_UP + STEPS):
+            taken = {"forward": forward(*next(iter(runs.values()))), "MaPO": step(*mapo)}
+            taken |= {name: self_npo_step(*built) for name, built in runs.items()}
+            if number >= WARM_UP:
+                for name, value in taken.items():
+                    seconds[name].append(value)
+    unit = statistics.median(seconds["forward"])
+    mapo_forwards = statistics.median(seconds["MaPO"]) / unit
+    lines = [
+        "# Self-NPO's step in forwards of the denoiser",
+        "",
+        f"Written by `benchmarks/self_npo_step_time.py`: embedded pipeline, {BATCH_SIZE} samples, CPU, full weights, mean "
+        f"of {STEPS} steps taken in turns in one process. One forward is that of {BATCH_SIZE} samples; a MaPO step on "
+        f"{BATCH_SIZE} pairs takes {mapo_forwards:.1f}. Implied: (K + 1) teacher evaluations, twice with guidance, and "
+        "half a MaPO step. Less than implied is possible, because trajectories that reach their end take fewer steps.",
+        "",
+        "| run | forwards | implied by K | ratio | in MaPO steps |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (k, scale) in RUNS.items():
+        # Steps differ in length with how many trajectories end, so the mean and not the median is the cost.
+        own = statistics.fmean(seconds[name]) / unit
+        implied = (k + 1) * (1 if scale in (0.0, 1.0) else 2) + mapo_forwards / 2
+        lines.append(f"| {name} | {own:.1f} | {implied:.1f} | {own / implied:.2f} | {own / mapo_forwards:.2f} |")
+    text = "\n".join(lines) + "\n"
+    (RESULTS / "self_npo_step_time.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

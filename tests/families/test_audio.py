@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import tiny
+import torch
+
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.noise import noise_process
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 120), (1, 1, 128), (2, 128)], ids=str)
+def test_waveforms_of_another_size_are_refused(shape):
+    pipeline = tiny.build("stable_audio")
+    family = family_for(pipeline)
+    assert family.audio_size(pipeline) == (2, 128)
+    with pytest.raises(ValueError, match=r"\(batch, 2, 128\), 8 s at 16 Hz, but got .*Resample"):
+        family.encode_images(pipeline, torch.zeros(shape))
+
+
+def test_sound_has_no_resolution():
+    pipeline = tiny.build("stable_audio")
+    with pytest.raises(TypeError, match="generates sound"):
+        family_for(pipeline).resolution(pipeline)
+
+
+def test_the_audio_scheduler_with_another_prediction_is_refused():
+    scheduler = tiny.CosineDPMSolverMultistepScheduler(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="prediction_type='epsilon'.*only 'v_prediction'"):
+        noise_process(scheduler)
+
+
+def test_a_tone_is_loudest_where_its_frequency_is_on_the_mel_scale():
+    pipeline = tiny.build("audioldm2")
+    family = family_for(pipeline)
+    assert family.audio_size(pipeline) == (1, 2560)
+    seconds = torch.arange(2560) / 16000
+    tones = torch.stack([torch.sin(2 * torch.pi * hertz * seconds) for hertz in (500.0, 2000.0, 6000.0)])
+    spectrograms = family.spectrograms(pipeline, tones[:, None])
+    assert spectrograms.shape == (3, 1, 16, 16)
+    # Slaney's scale: 3 mels per 200 Hz up to 1000, then 27 per factor of 6.4; 16 triangles between 0 and 8000 Hz.
+    mels = [7.5, 15 + 27 * math.log(2) / math.log(6.4), 15 + 27 * math.log(6) / math.log(6.4)]
+    highest = 15 + 27 * math.log(8) / math.log(6.4)
+    expected = [round(mel / highest * 17) - 1 for mel in mels]
+    assert spectrograms[:, 0, 8].argmax(dim=-1).tolist() == expected
+    assert family.spectrograms(pipeline, torch.zeros(1, 1, 2560)).unique().tolist() == pytest.approx([math.log(1e-5)])
+
+
+def test_a_prompt_beside_a_longer_one_has_the_embeddings_that_it_has_alone():
+    pipeline = tiny.build("audioldm2")
+    family = family_for(pipeline)
+    together = family.encode_prompts(pipeline, ["a bell", "a bell and a very long train far away"])
+    alone = family.encode_prompts(pipeline, ["a bell"])
+    for name, value in alone.items():
+        assert torch.equal(together[name][:1], value)

@@ -1,0 +1,129 @@
+"""Families from outside the package, by a call or through an entry point."""
+
+import pytest
+from conftest import build_tiny_pipeline
+from diffusers import DDPMPipeline
+
+from trl_diffusion_pref import families
+from trl_diffusion_pref.families import Family, family_for, register_family, supported_pipelines
+from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
+
+
+class OtherFamily(StableDiffusionFamily):
+    pipeline_class = "DDPMPipeline"
+
+
+@pytest.fixture(autouse=True)
+def families_of_this_test_only(monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    families._register_entry_points.cache_clear()
+    yield
+    families._register_entry_points.cache_clear()
+
+
+@pytest.fixture
+def other_pipeline():
+    tiny = build_tiny_pipeline()
+    return DDPMPipeline(unet=tiny.unet, scheduler=tiny.scheduler)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a package with one module and one entry point."""
+
+    def installed(module: str, source: str, target: str) -> None:
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[trl_diffusion_pref.families]\nother = {module}:{target}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return installed
+
+
+MODULE = """
+from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
+
+class OtherFamily(StableDiffusionFamily):
+    pipeline_class = {pipeline_class!r}
+
+made = OtherFamily()
+"""
+
+
+def test_a_registered_family_is_found(other_pipeline):
+    family = OtherFamily()
+    register_family(family)
+    assert family_for(other_pipeline) is family
+    assert "DDPMPipeline" in supported_pipelines()
+
+
+def test_registering_the_same_class_again_replaces_it(other_pipeline):
+    register_family(OtherFamily())
+    again = OtherFamily()
+    register_family(again)
+    assert family_for(other_pipeline) is again
+
+
+def test_two_families_for_one_pipeline_are_refused():
+    class Mine(StableDiffusionFamily):
+        pass
+
+    with pytest.raises(ValueError, match="Mine and .*StableDiffusionFamily both serve StableDiffusionPipeline"):
+        register_family(Mine())
+    assert type(family_for(build_tiny_pipeline())) is StableDiffusionFamily
+
+
+def test_what_is_no_family_is_refused():
+    with pytest.raises(TypeError, match="got the class OtherFamily, not an instance"):
+        register_family(OtherFamily)
+    with pytest.raises(TypeError, match="got a str, not an instance"):
+        register_family("DDPMPipeline")
+
+
+def test_a_family_without_its_attributes_is_refused():
+    class Bare(Family):
+        pipeline_class = "DDPMPipeline"
+        encode_prompts = encode_images = predict = resolution = None
+
+    with pytest.raises(TypeError, match="Bare does not set denoiser_name, encoder_names, lora_target_modules"):
+        register_family(Bare())
+
+
+def test_an_unsupported_pipeline_is_told_the_supported_ones_and_how_to_register(other_pipeline):
+    with pytest.raises(TypeError) as caught:
+        family_for(other_pipeline)
+    message = str(caught.value)
+    assert message.startswith("DDPMPipeline is not supported.")
+    for name in ("FluxPipeline", "StableDiffusionXLPipeline", "register_family", "'trl_diffusion_pref.families'"):
+        assert name in message
+
+
+@pytest.mark.parametrize("target", ["OtherFamily", "made"], ids=["class", "instance"])
+def test_an_entry_point_names_a_family(target, install, other_pipeline):
+    install(f"outside_{target.lower()}", MODULE.format(pipeline_class="DDPMPipeline"), target)
+    assert type(family_for(other_pipeline)).__module__ == f"outside_{target.lower()}"
+
+
+def test_entry_points_wait_for_the_first_lookup(install):
+    # The module raises when it is imported.
+    install("outside_raises", "raise RuntimeError('no backend')", "OtherFamily")
+    register_family(OtherFamily())
+    for _ in range(2):
+        with pytest.raises(
+            ImportError, match="entry point other = outside_raises:.*package outside_raises.*no backend"
+        ):
+            supported_pipelines()
+
+
+def test_an_entry_point_for_a_pipeline_that_has_a_family_is_refused(install):
+    install("outside_clash", MODULE.format(pipeline_class="FluxPipeline"), "made")
+    with pytest.raises(ValueError, match="package outside_clash.*both serve FluxPipeline"):
+        supported_pipelines()
+
+
+def test_an_entry_point_that_is_no_family_is_refused(install):
+    install("outside_number", "number = 3", "number")
+    with pytest.raises(TypeError, match="package outside_number.*got a int, not an instance"):
+        supported_pipelines()

@@ -1,0 +1,74 @@
+"""Guidance with a negative model in every kind of pipeline: those that batch both sides, and those that call twice."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+import tiny  # noqa: E402
+
+from trl_diffusion_pref.guidance import add_negative_guidance, negative_guidance  # noqa: E402
+from trl_diffusion_pref.guidance.sources import denoiser_name  # noqa: E402
+
+
+SCALE = 3.0
+PROMPTS = ["a red circle", "a blue ring on a green ground, far away"]
+# Where guidance is switched on in another way than by `guidance_scale`.
+TRUE_GUIDANCE = ("flux_dev", "flux_schnell", "qwen_image")
+
+
+@pytest.fixture(autouse=True)
+def stable_audio_s_sampler_without_noise(monkeypatch):
+    module = sys.modules[tiny.CosineDPMSolverMultistepScheduler.__module__]
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", tiny.NoNoise)
+
+
+def sample(pipeline, name: str, scale: float) -> torch.Tensor:
+    case = tiny.CASES[name]
+    key = "true_cfg_scale" if name in TRUE_GUIDANCE else "guidance_scale"
+    size = dict(zip(("height", "width"), case.size, strict=False))
+    options = {"num_inference_steps": 2, "output_type": "latent", **size, **case.call, key: scale}
+    if scale != 1.0:
+        options["negative_prompt"] = ["a black square"] * 2
+    return pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))[0]
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_the_negative_side_alone_is_the_other_model_s(name):
+    """With a negative model that predicts zero, guidance `neg + s (pos - neg)` is s times the plain prediction."""
+    plain = tiny.build(name)
+    denoiser = getattr(plain, denoiser_name(plain))
+    # Qwen-Image brings the result back to the positive prediction's norm.
+    factor = 1.0 if name == "qwen_image" else SCALE
+    denoiser.register_forward_hook(lambda module, args, output: (factor * output[0],))
+    expected = sample(plain, name, 1.0)
+
+    pipeline = tiny.build(name)
+    own = getattr(pipeline, denoiser_name(pipeline))
+    guidance = add_negative_guidance(pipeline, copy.deepcopy(own))
+    rows = []
+
+    def zero(module, args, kwargs, output):
+        rows.append(len(output[0]))
+        return (torch.zeros_like(output[0]),)
+
+    guidance.second.register_forward_hook(zero, with_kwargs=True)
+    guided = sample(pipeline, name, SCALE)
+    # Solvers of higher order evaluate more often.
+    assert len(rows) >= 2 and set(rows) == {2}
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_the_model_s_own_weights_as_negative_change_nothing(name):
+    pipeline = tiny.build(name)
+    expected, off = sample(pipeline, name, SCALE), sample(pipeline, name, 1.0)
+    with negative_guidance(pipeline, copy.deepcopy(getattr(pipeline, denoiser_name(pipeline)))):
+        torch.testing.assert_close(sample(pipeline, name, SCALE), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sample(pipeline, name, 1.0), off, rtol=0, atol=0)
+    torch.testing.assert_close(sample(pipeline, name, SCALE), expected, rtol=0, atol=0)

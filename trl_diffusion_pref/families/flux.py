@@ -1,0 +1,74 @@
+"""Flux.1: CLIP's pooled embedding, T5's states, latents packed in 2x2 patches, rectified flow."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from .base import Family, encode_with_autoencoder_kl
+
+
+# What diffusers' Flux training examples train with (--guidance_scale).
+TRAINING_GUIDANCE = 1.0
+
+
+class FluxFamily(Family):
+    """`FluxPipeline`; a transformer with a guidance embedding (Flux.1-dev) is trained at guidance 1."""
+
+    pipeline_class = "FluxPipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    # examples/dreambooth/train_dreambooth_lora_flux.py
+    lora_target_modules = (
+        "attn.to_k",
+        "attn.to_q",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+
+    def resolution(self, pipeline: FluxPipeline) -> int:
+        return pipeline.default_sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: FluxPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`guidance`, `(len(prompts),)`, is there where the transformer embeds it."""
+        with torch.no_grad():
+            prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+                list(prompts), device=self.text_device(pipeline)
+            )
+        conditioning = {
+            "prompt_embeds": prompt_embeds.float(),
+            "pooled_prompt_embeds": pooled_prompt_embeds.float(),
+        }
+        if pipeline.transformer.config.guidance_embeds:
+            conditioning["guidance"] = torch.full((len(prompts),), TRAINING_GUIDANCE, device=prompt_embeds.device)
+        return conditioning
+
+    def encode_images(self, pipeline: FluxPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        batch, channels, height, width = x_t.shape
+        guidance = conditioning.get("guidance")
+        prompt_embeds = conditioning["prompt_embeds"].to(x_t.dtype)
+        prediction = denoiser(
+            hidden_states=FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            # The pipeline rounds the time to the latents' dtype before it divides.
+            timestep=timestep.to(x_t.dtype) / 1000,
+            guidance=None if guidance is None else guidance.float(),
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(x_t.dtype),
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
+            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype),
+            return_dict=False,
+        )[0]
+        # Sizes in latents, so the factor to pixels is 1.
+        return FluxPipeline._unpack_latents(prediction, height, width, vae_scale_factor=1)

@@ -1,0 +1,53 @@
+"""PixArt-Sigma: a T5 text encoder, a DiT that also predicts a variance, an `AutoencoderKL`."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import PixArtSigmaPipeline
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor, nn
+
+from .base import PeftFormatFamily, call_default, encode_with_autoencoder_kl
+
+
+class PixArtSigmaFamily(PeftFormatFamily):
+    """`PixArtSigmaPipeline`, which has no `load_lora_weights`."""
+
+    pipeline_class = "PixArtSigmaPipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("vae", "text_encoder")
+    # diffusers has no LoRA example for PixArt; these are the attention layers that its other examples train.
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def resolution(self, pipeline: PixArtSigmaPipeline) -> int:
+        return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: PixArtSigmaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        # __call__ cleans captions unless told otherwise, encode_prompt does not. Without these packages the pipeline
+        # would warn and go on without.
+        clean_caption = call_default(pipeline, "clean_caption") and is_bs4_available() and is_ftfy_available()
+        with torch.no_grad():
+            prompt_embeds, prompt_attention_mask, _, _ = pipeline.encode_prompt(
+                list(prompts),
+                do_classifier_free_guidance=False,
+                device=self.text_device(pipeline),
+                clean_caption=clean_caption,
+                max_sequence_length=call_default(pipeline, "max_sequence_length"),
+            )
+        return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
+
+    def encode_images(self, pipeline: PixArtSigmaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        prediction = denoiser(
+            x_t,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
+            encoder_attention_mask=conditioning["prompt_attention_mask"].long(),
+            timestep=timestep,
+            # Sigma, unlike Alpha at 1024 pixels, is not told the size.
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        # The second half of the channels is the learned variance, which the pipeline drops too.
+        return prediction[:, : x_t.shape[1]]

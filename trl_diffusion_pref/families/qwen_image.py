@@ -1,0 +1,61 @@
+"""Qwen-Image: a vision-language model as text encoder, an MMDiT on packed latents, a video autoencoder."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+from .base import Family, call_default, encode_with_channel_statistics
+
+
+class QwenImageFamily(Family):
+    """`QwenImagePipeline`."""
+
+    pipeline_class = "QwenImagePipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("vae", "text_encoder")
+    # examples/dreambooth/train_dreambooth_lora_qwen_image.py
+    lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+
+    def resolution(self, pipeline: QwenImagePipeline) -> int:
+        return pipeline.default_sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: QwenImagePipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Padded to the pipeline's default `max_sequence_length`; the mask says how much of it is tokens."""
+        length = call_default(pipeline, "max_sequence_length")
+        with torch.no_grad():
+            prompt_embeds, mask = pipeline.encode_prompt(
+                list(prompts), device=self.text_device(pipeline), max_sequence_length=length
+            )
+        if mask is None:
+            # No prompt of the batch is shorter than the others.
+            mask = torch.ones(prompt_embeds.shape[:2], device=prompt_embeds.device)
+        padding = length - prompt_embeds.shape[1]
+        return {
+            "prompt_embeds": nn.functional.pad(prompt_embeds.float(), (0, 0, 0, padding)),
+            "prompt_embeds_mask": nn.functional.pad(mask.float(), (0, padding)),
+        }
+
+    def encode_images(self, pipeline: QwenImagePipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # An image is a clip of one frame.
+        mean, std = encode_with_channel_statistics(pipeline.vae, pixels.unsqueeze(2))
+        return mean.squeeze(2), std.squeeze(2)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        batch, channels, height, width = x_t.shape
+        mask = conditioning["prompt_embeds_mask"].long()
+        # As the pipeline: as long as the longest prompt, and no mask where all are as long.
+        length = int(mask.sum(dim=1).max())
+        mask = mask[:, :length]
+        prediction = denoiser(
+            hidden_states=QwenImagePipeline._pack_latents(x_t, batch, channels, height, width),
+            # The pipeline rounds the time to the latents' dtype before it divides.
+            timestep=timestep.to(x_t.dtype) / 1000,
+            encoder_hidden_states_mask=None if bool(mask.all()) else mask,
+            encoder_hidden_states=conditioning["prompt_embeds"][:, :length].to(x_t.dtype),
+            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            return_dict=False,
+        )[0]
+        # Sizes in latents, so the factor to pixels is 1; the pipeline's layout has a frame dimension.
+        return QwenImagePipeline._unpack_latents(prediction, height, width, vae_scale_factor=1).squeeze(2)

@@ -1,0 +1,50 @@
+"""Sana: a Gemma text encoder with an instruction before the prompt, a linear DiT, a deep-compression autoencoder."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import SanaPipeline
+from torch import Tensor, nn
+
+from .base import Family, call_default, encode_finite, model_inside
+
+
+class SanaFamily(Family):
+    """`SanaPipeline`. Its autoencoder is deterministic: the standard deviation is 0."""
+
+    pipeline_class = "SanaPipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("vae", "text_encoder")
+    # examples/dreambooth/train_dreambooth_lora_sana.py
+    lora_target_modules = ("to_k", "to_q", "to_v")
+
+    def resolution(self, pipeline: SanaPipeline) -> int:
+        return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: SanaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            prompt_embeds, prompt_attention_mask, _, _ = pipeline.encode_prompt(
+                list(prompts),
+                do_classifier_free_guidance=False,
+                device=self.text_device(pipeline),
+                clean_caption=call_default(pipeline, "clean_caption"),
+                max_sequence_length=call_default(pipeline, "max_sequence_length"),
+                complex_human_instruction=call_default(pipeline, "complex_human_instruction"),
+            )
+        return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
+
+    def encode_images(self, pipeline: SanaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = encode_finite(
+            pipeline.vae, pixels, lambda output: (output.latent, torch.zeros_like(output.latent))
+        )
+        return mean * pipeline.vae.config.scaling_factor, std
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        prediction = denoiser(
+            x_t,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
+            encoder_attention_mask=conditioning["prompt_attention_mask"].long(),
+            timestep=timestep * model_inside(denoiser).config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return prediction[:, : x_t.shape[1]]

@@ -1,0 +1,93 @@
+"""Stable Diffusion 3 and 3.5: up to three text encoders, an MMDiT, rectified flow."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor, nn
+
+from .base import Family, call_default, encode_with_autoencoder_kl
+
+
+class StableDiffusion3Family(Family):
+    """`StableDiffusion3Pipeline`, with any of its text encoders absent: zeros stand in for what they would give."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    denoiser_name = "transformer"
+    encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    # examples/dreambooth/train_dreambooth_lora_sd3.py
+    lora_target_modules = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+
+    def resolution(self, pipeline: StableDiffusion3Pipeline) -> int:
+        return pipeline.default_sample_size * pipeline.vae_scale_factor
+
+    def encode_prompts(self, pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        prompts = list(prompts)
+        device = self.text_device(pipeline)
+        length = call_default(pipeline, "max_sequence_length")
+        with torch.no_grad():
+            if pipeline.text_encoder is not None and pipeline.text_encoder_2 is not None:
+                prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+                    prompts,
+                    prompt_2=None,
+                    prompt_3=None,
+                    device=device,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=length,
+                )
+            else:
+                # The pipeline's encode_prompt needs both CLIP encoders and only takes the T5 encoder to be optional.
+                clip_embeds, pooled_prompt_embeds = self._clip_embeds(pipeline, prompts, device)
+                t5_embeds = pipeline._get_t5_prompt_embeds(
+                    prompts, max_sequence_length=length, device=device, dtype=clip_embeds.dtype
+                )
+                missing = t5_embeds.shape[-1] - clip_embeds.shape[-1]
+                prompt_embeds = torch.cat([nn.functional.pad(clip_embeds, (0, missing)), t5_embeds], dim=-2)
+        return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled_prompt_embeds.float()}
+
+    @staticmethod
+    def _clip_embeds(
+        pipeline: StableDiffusion3Pipeline, prompts: list[str], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states and pooled embeddings of both CLIP encoders, side by side; at least one is absent."""
+        pooled_width = pipeline.transformer.config.pooled_projection_dim
+        length = pipeline.tokenizer_max_length
+        parts = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
+        present = [encoder for _, encoder in parts if encoder is not None]
+        if not present:
+            states = torch.zeros(len(prompts), length, pipeline.transformer.config.joint_attention_dim, device=device)
+            return states, torch.zeros(len(prompts), pooled_width, device=device)
+        # In both published CLIP encoders the states are as wide as the pooled embedding.
+        absent_width = pooled_width - present[0].config.projection_dim
+        hidden, pooled = [], []
+        for tokenizer, encoder in parts:
+            if encoder is None:
+                hidden.append(torch.zeros(len(prompts), length, absent_width, device=device, dtype=present[0].dtype))
+                pooled.append(torch.zeros(len(prompts), absent_width, device=device, dtype=present[0].dtype))
+                continue
+            tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            output = encoder(tokens.input_ids.to(device), output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        return torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
+
+    def encode_images(self, pipeline: StableDiffusion3Pipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        return denoiser(
+            hidden_states=x_t,
+            timestep=timestep,
+            encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(x_t.dtype),
+            return_dict=False,
+        )[0]
