@@ -91,8 +91,8 @@ def main() -> None:
         f"Written by `benchmarks/self_npo_step_time.py`: embedded pipeline, {BATCH_SIZE} samples, CPU, full weights, "
         f"mean of {STEPS} steps taken in turns in one process. One forward is that of {BATCH_SIZE} samples; a MaPO "
         f"step on {BATCH_SIZE} pairs takes {mapo_forwards:.1f}. Implied: (K + 1) teacher evaluations, twice with "
-        "guidance, and half a MaPO step. Less than implied is possible, because trajectories that reach their end take "
-        "fewer steps.",
+        "guidance, and half a MaPO step. Less than implied is possible, because trajectories that reach their end "
+        "take fewer steps.",
         "",
         "| run | forwards | implied by K | ratio | in MaPO steps |",
         "|---|---|---|---|---|",
