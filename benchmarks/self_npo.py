@@ -42,6 +42,8 @@ BASES = {
 SETTINGS = {
     "default preset (noise, w = -1)": ({}, 1.0),
     "default preset, beta 0.5": ({}, 0.5),
+    "default preset, learning rate 3e-4": ({"learning_rate": 3e-4}, 1.0),
+    "default preset, learning rate 3e-4, beta 0.5": ({"learning_rate": 3e-4}, 0.5),
     "released_code preset (data, w = -1)": ({"preset": "released_code"}, 1.0),
     "paper preset (noise, w = 0)": ({"preset": "paper"}, 1.0),
 }
@@ -74,13 +76,12 @@ def train_negative(base: StableDiffusionPipeline, options: dict) -> StableDiffus
         config = SelfNPOConfig(
             output_dir=folder,
             max_steps=STEPS,
-            learning_rate=LEARNING_RATE,
             per_device_train_batch_size=BATCH_SIZE,
             activation_checkpointing=False,
             save_strategy="no",
             disable_tqdm=True,
             logging_steps=STEPS,
-            **options,
+            **{"learning_rate": LEARNING_RATE, **options},
         )
         if config.start == "data":
             data = preference_pairs(512, seed=11, preferred_style="filled").rename_column("chosen", "image")
@@ -170,18 +171,31 @@ def table(cells: dict) -> str:
                     text += f" ({100 * gain.mean():+.1f}: {100 * low:+.1f} to {100 * high:+.1f})"
                 row.append(text)
             lines.append("| " + " | ".join(row) + " |")
-        lines += ["", "Mean distance to the nearest drawing (lower is better) / colour and shape as asked:", ""]
+        lines += [
+            "",
+            "Mean distance to the nearest drawing in units of 1e-4, lower is better (difference from plain guidance "
+            "with its interval), and share with colour and shape as asked:",
+            "",
+        ]
         lines += head
         for setting in ("plain", *SETTINGS):
             if f"{base} | {setting} | {SCALES[-1]:g}" not in cells:
                 continue
-            keys = [f"{base} | alone: {'base' if setting == 'plain' else setting} | 1"]
-            keys += [f"{base} | {setting} | {scale:g}" for scale in SCALES]
-            row = [
-                f"{np.mean(cells[key]['distance']):.4f} / {right(cells[key]):.0%}" if key in cells else ""
-                for key in keys
-            ]
-            lines.append(f"| {setting} | " + " | ".join(row) + " |")
+            row = [setting]
+            for scale in (None, *SCALES):
+                alone = "alone: base" if setting == "plain" else f"alone: {setting}"
+                cell = cells.get(f"{base} | {alone} | 1" if scale is None else f"{base} | {setting} | {scale:g}")
+                if cell is None:
+                    row.append("")
+                    continue
+                text = f"{1e4 * np.mean(cell['distance']):.0f}"
+                if scale is not None and setting != "plain":
+                    plain = cells[f"{base} | plain | {scale:g}"]
+                    change = 1e4 * (np.array(cell["distance"]) - np.array(plain["distance"]))
+                    low, high = bootstrap_interval(change)
+                    text += f" ({change.mean():+.0f}: {low:+.0f} to {high:+.0f})"
+                row.append(f"{text}, {right(cell):.0%}")
+            lines.append("| " + " | ".join(row) + " |")
         lines.append("")
     return "\n".join(lines)
 
