@@ -1,5 +1,6 @@
 """What is written for others to load: denoiser folders, LoRA files, model cards."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .families import Family
+from .families import Family, family_for
 from .version import __version__
 
 
@@ -117,6 +118,18 @@ def check_exportable(config: LoraConfig) -> None:
         )
 
 
+_OUTPUTS = {"image": "images[0]", "video": "frames[0]", "audio": "audios[0]"}
+
+
+def _sampling_with_guidance(pipeline: DiffusionPipeline) -> str:
+    """The line of a negative model's card that samples, with guidance on."""
+    modality = family_for(pipeline).modality
+    # Where guidance_scale is an input of the denoiser, guidance itself has another name.
+    true_guidance = "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters
+    options = 'true_cfg_scale=4.0, negative_prompt=" "' if true_guidance else "guidance_scale=5.0"
+    return f'{modality} = pipeline("your prompt", {options}).{_OUTPUTS[modality]}'
+
+
 def write_model_card(
     folder: Path,
     *,
@@ -162,6 +175,7 @@ def write_model_card(
         repo_id=repo_id or model_name or folder.name,
         dataset=dataset_name,
         options=options,
+        sample=_sampling_with_guidance(pipeline),
         versions={
             "trl_diffusion_pref": __version__,
             "trl": trl.__version__,

@@ -45,7 +45,7 @@ def advance(
     position: Tensor,
     steps: Tensor,
     *,
-    all_rows: bool = False,
+    rounds: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Takes each row so many solver steps; rows that reach the end stay there.
 
@@ -54,7 +54,8 @@ def advance(
         x: `(B, ...)` at `times[position]`.
         position: `(B,)` int64.
         steps: `(B,)` int64, how far each row goes.
-        all_rows: Evaluates every row at each step, so that all processes call the model equally often.
+        rounds: Evaluates every row that many times, at least as often as any row has steps, so that all processes of
+            a sharded model call it equally often. Default: only rows that still move, as often as is needed.
 
     Returns:
         Latents and positions.
@@ -62,9 +63,10 @@ def advance(
     goal = (position - steps).clamp(min=0)
     # One round trip to the device for the whole advance.
     left = (position - goal).tolist()
-    for taken in range(max(left, default=0)):
-        active = [row for row, count in enumerate(left) if count > taken]
-        rows = torch.arange(len(left), device=x.device) if all_rows else torch.tensor(active, device=x.device)
+    everything = rounds is not None
+    for taken in range(rounds if everything else max(left, default=0)):
+        active = [row for row, count in enumerate(left) if everything or count > taken]
+        rows = torch.tensor(active, device=x.device)
         t, earlier = times[position[rows]], times[(position[rows] - 1).clamp(min=0)]
         stepped = solver_step(process, predict(x[rows], t, rows), x[rows], t, earlier)
         moving = position[rows] > goal[rows]

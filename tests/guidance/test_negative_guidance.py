@@ -457,3 +457,186 @@ class TestRefusals:
         for options in ({"alpha": -1.0}, {"beta": float("nan")}):
             with pytest.raises(ValueError, match="must be a number from 0 on"):
                 add_negative_guidance(build_tiny_pipeline(), lora, **options)
+
+
+class TestWhatUsersDoMeanwhile:
+    """Expected pictures are those of the same pipeline set up before the guidance, or of UNets merged by hand."""
+
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    @pytest.mark.parametrize("when", ["before", "inside"])
+    def test_offloading_holds_picture_after_picture(self, kind, when, lora):
+        negative = lora if kind == "lora" else moved_unet()
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, negative):
+            expected = draw(pipeline)
+        if when == "before":
+            pipeline.enable_model_cpu_offload(device="cpu")
+        with negative_guidance(pipeline, negative):
+            if when == "inside":
+                pipeline.enable_model_cpu_offload(device="cpu")
+            for _ in range(3):
+                np.testing.assert_array_equal(draw(pipeline), expected)
+        np.testing.assert_array_equal(draw(pipeline), draw(build_tiny_pipeline()))
+
+    def test_scaling_and_switching_adapters(self, lora, positive_lora):
+        pipeline, other = build_tiny_pipeline(), build_tiny_pipeline()
+        pipeline.load_lora_weights(positive_lora, adapter_name="mine")
+        other.load_lora_weights(positive_lora, adapter_name="mine")
+        other.set_adapters(["mine"], [0.2])
+        with negative_guidance(other, lora):
+            expected = draw(other)
+        with negative_guidance(pipeline, lora):
+            draw(pipeline)
+            pipeline.set_adapters(["mine"], [0.2])
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
+            pipeline.disable_lora()
+            off = draw(pipeline)
+        with negative_guidance(build_tiny_pipeline(), lora) as plain:
+            np.testing.assert_allclose(off, draw(plain), rtol=0, atol=1e-5)
+
+    def test_loading_an_adapter(self, lora, positive_lora):
+        pipeline, other = build_tiny_pipeline(), build_tiny_pipeline()
+        other.load_lora_weights(positive_lora, adapter_name="mine")
+        alone = draw(other)
+        with negative_guidance(other, lora):
+            expected = draw(other)
+        with negative_guidance(pipeline, lora):
+            draw(pipeline)
+            pipeline.load_lora_weights(positive_lora, adapter_name="mine")
+            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(draw(pipeline), alone, rtol=0, atol=1e-5)
+
+    def test_unloading_all_adapters_is_an_error_and_not_plain_guidance(self, lora):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora):
+            pipeline.unload_lora_weights()
+            with pytest.raises(RuntimeError, match="was unloaded while its guidance was on"):
+                draw(pipeline)
+        np.testing.assert_array_equal(draw(pipeline), draw(build_tiny_pipeline()))
+
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    def test_an_adapter_of_theirs_called_negative_is_theirs(self, kind, lora, positive_lora):
+        images = []
+        for name in ("mine", "negative"):
+            pipeline = build_tiny_pipeline()
+            pipeline.load_lora_weights(positive_lora, adapter_name=name)
+            before = draw(pipeline)
+            with negative_guidance(pipeline, lora if kind == "lora" else moved_unet(), 0.5, 0.7):
+                images.append(draw(pipeline))
+            np.testing.assert_array_equal(draw(pipeline), before)
+        np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
+
+    def test_another_precision(self):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, moved_unet()):
+            pipeline.to(torch.bfloat16)
+            assert np.isfinite(draw(pipeline)).all()
+
+    def test_a_denoiser_trained_in_place_keeps_its_own_adapter_alone(self, lora):
+        from peft import get_peft_model
+
+        pipeline = build_tiny_pipeline()
+        model = get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        expected = draw(pipeline)
+        with negative_guidance(pipeline, lora):
+            assert np.abs(draw(pipeline) - expected).max() > 1e-3
+        np.testing.assert_array_equal(draw(pipeline), expected)
+        assert list(model.peft_config) == ["default"]
+
+
+class TestWrapped:
+    def test_a_wrapped_denoiser_is_refused_by_name_and_left_alone(self, lora):
+        from peft import get_peft_model
+
+        pipeline = build_tiny_pipeline()
+        pipeline.unet = get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"]))
+        with pytest.raises(ValueError, match=r"wrapped in a PeftModel.*get_base_model"):
+            add_negative_guidance(pipeline, lora)
+        assert list(pipeline.unet.peft_config) == ["default"]
+
+    def test_a_peft_model_as_negative_is_its_adapter_at_its_scale(self, lora):
+        from peft import get_peft_model
+
+        source = build_tiny_pipeline()
+        config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False)
+        model = get_peft_model(source.unet, config)
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_scale("default", 0.3)
+        merged = {name: tensor.clone() for name, tensor in build_tiny_pipeline().unet.state_dict().items()}
+        for name, layer in source.unet.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                merged[f"{name}.weight"] += (
+                    0.3 * 6 / 2 * layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
+                )
+        pipeline = build_tiny_pipeline()
+        expected = reference_draw(pipeline.unet.state_dict(), merged)
+        for negative in (model, source):
+            with negative_guidance(pipeline, negative):
+                np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+        model.disable_adapter_layers()
+        with pytest.raises(ValueError, match="switched off"):
+            add_negative_guidance(pipeline, model)
+
+
+class TestPipelinesThatAreNotKnown:
+    def test_they_are_refused_by_name_unless_told_how_they_call(self, lora):
+        class MyPipeline(StableDiffusionPipeline):
+            pass
+
+        pipeline = MyPipeline(**build_tiny_pipeline().components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        with pytest.raises(ValueError, match=r"MyPipeline calls its denoiser.*batches_both_sides"):
+            add_negative_guidance(pipeline, lora)
+        with negative_guidance(build_tiny_pipeline(), lora) as known:
+            expected = draw(known)
+        with negative_guidance(pipeline, lora, batches_both_sides=True):
+            np.testing.assert_array_equal(draw(pipeline), expected)
+
+    def test_image_to_image(self, lora):
+        from diffusers import StableDiffusionImg2ImgPipeline
+
+        def start(**options):
+            pipeline = StableDiffusionImg2ImgPipeline(
+                **build_tiny_pipeline().components, requires_safety_checker=False
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            image = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+            return pipeline, {"image": image, "strength": 0.8, "num_inference_steps": 4, **options}
+
+        def zero_negative(pipeline, scale, options):
+            return pipeline(
+                PROMPTS,
+                guidance_scale=scale,
+                generator=[torch.Generator().manual_seed(i) for i in range(3)],
+                output_type="latent",
+                **options,
+            ).images
+
+        plain, options = start()
+        plain.unet.register_forward_hook(lambda module, args, output: (3.0 * output[0],))
+        expected = zero_negative(plain, 1.0, options)
+        pipeline, options = start()
+        guidance = add_negative_guidance(pipeline, moved_unet())
+        guidance.second.register_forward_hook(lambda module, args, output: (torch.zeros_like(output[0]),))
+        torch.testing.assert_close(zero_negative(pipeline, 3.0, options), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestPlaces:
+    def test_a_path_that_is_not_there(self, tmp_path):
+        with pytest.raises(ValueError, match="There is no file or folder"):
+            add_negative_guidance(build_tiny_pipeline(), tmp_path / "absent")
+
+    def test_a_name_that_the_hub_does_not_give(self):
+        with pytest.raises(ValueError, match="no-such-owner/model is no file or folder here"):
+            add_negative_guidance(build_tiny_pipeline(), "no-such-owner/model")
+
+    def test_a_folder_of_two_runs(self, lora, tmp_path):
+        (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(
+            (lora / "pytorch_lora_weights.safetensors").read_bytes()
+        )
+        moved_unet().save_pretrained(tmp_path / "unet")
+        with pytest.raises(ValueError, match="of two runs"):
+            add_negative_guidance(build_tiny_pipeline(), tmp_path)
+        with negative_guidance(build_tiny_pipeline(), tmp_path / "unet"):
+            pass

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..architecture import different_parameters
@@ -24,6 +24,20 @@ from .sources import NegativeLoRA, NegativeWeights, denoiser_name, read_negative
 # Not accelerate's, which needs an accelerator to have been made.
 logger = logging.getLogger(__name__)
 _MARK = "_negative_guidance"
+# How pipelines call their denoiser, and whether they do, is each one's own affair: these are tested. Batched: one
+# call on [negative; positive]. Named: two calls, told apart by diffusers' `cache_context`.
+_BATCHED = (
+    "AudioLDM2Pipeline",
+    "CogVideoXPipeline",
+    "PixArtSigmaPipeline",
+    "SanaPipeline",
+    "StableAudioPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+)
+_NAMED = ("FluxPipeline", "QwenImagePipeline", "WanPipeline")
 
 
 class NegativeGuidance:
@@ -41,8 +55,9 @@ class NegativeGuidance:
         base: nn.Module | None,
         alpha: float,
         beta: float,
+        batched: bool,
     ) -> None:
-        self.pipeline = pipeline
+        self.pipeline, self.batched = pipeline, batched
         self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline))
         whole = isinstance(negative, NegativeWeights)
         # Without a base there is no positive offset but the adapters', which are scaled where they are.
@@ -50,11 +65,11 @@ class NegativeGuidance:
         second = self.denoiser
         if needs_second:
             second = merged_denoiser(self.denoiser, base, negative.denoiser if whole else None, alpha, beta)
+        if not whole:
+            beta *= negative.scale
         self._adapters = NegativeAdapter(pipeline, second, None if whole else negative, alpha, beta)
         self.second = second if needs_second else None
-        if self.second is None:
-            self._adapters.use_users()
-        else:
+        if self.second is not None:
             self._adapters.use_negative()
         self._call: str | None = None
         self._install()
@@ -63,13 +78,15 @@ class NegativeGuidance:
 
     def _install(self) -> None:
         denoiser = self.denoiser
-        self._own_before = {
-            name: vars(denoiser)[name] for name in ("forward", "cache_context") if name in vars(denoiser)
-        }
-        original = denoiser.forward
+        own = vars(denoiser)
+        self._own_before = {name: own[name] for name in ("forward", "cache_context") if name in own}
+        # Offloading wraps too, keeps what it wrapped under this name, and is taken off and put on again after each
+        # picture. Ours goes inside, where it survives that.
+        place = "_old_forward" if "_old_forward" in own else "forward"
+        original = getattr(denoiser, place)
         # The signature stays readable: pipelines look at it.
         self._wrapped = functools.update_wrapper(functools.partial(self._forward, original), original)
-        denoiser.forward = self._wrapped
+        setattr(denoiser, place, self._wrapped)
         if hasattr(denoiser, "cache_context"):
             denoiser.cache_context = functools.partial(self._cache_context, denoiser.cache_context)
         setattr(denoiser, _MARK, self)
@@ -79,16 +96,17 @@ class NegativeGuidance:
         denoiser = self.denoiser
         if vars(denoiser).get(_MARK) is not self:
             return
-        if vars(denoiser).get("_old_forward") is self._wrapped:
-            # Offloading that was switched on meanwhile wrapped ours, and keeps what it wrapped under this name.
+        own = vars(denoiser)
+        if own.get("_old_forward") is self._wrapped:
             denoiser._old_forward = self._wrapped.args[0]
-        else:
+        elif own.get("forward") is self._wrapped:
             del denoiser.forward
-        vars(denoiser).pop("cache_context", None)
+        own.pop("cache_context", None)
         delattr(denoiser, _MARK)
-        for name, value in self._own_before.items():
-            if name not in vars(denoiser):
-                setattr(denoiser, name, value)
+        if "cache_context" in self._own_before:
+            denoiser.cache_context = self._own_before["cache_context"]
+        if "forward" in self._own_before and "forward" not in own:
+            denoiser.forward = self._own_before["forward"]
         if self.second is None:
             self._adapters.remove()
         self.second = None
@@ -105,24 +123,24 @@ class NegativeGuidance:
     # ---- One call ------------------------------------------------------------------------------------------------
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._call == "uncond":
-            return self._negative(original, args, kwargs)
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        if self._call == "cond" or not self._guidance_is_on(sample):
+        if not self.batched:
+            return self._negative(original, args, kwargs) if self._call == "uncond" else original(*args, **kwargs)
+        sample = _sample(args, kwargs)
+        if not self._is_both_sides(sample):
             return original(*args, **kwargs)
         batch = len(sample)
         halves = [(take_half(args, half, batch), take_half(kwargs, half, batch)) for half in (0, 1)]
         negative = self._negative(original, *halves[0])
         return join_halves(negative, original(*halves[1][0], **halves[1][1]))
 
-    def _guidance_is_on(self, sample: Tensor) -> bool:
-        """Whether a call is on [negative; positive]."""
-        if len(sample) % 2:
+    def _is_both_sides(self, sample: Tensor) -> bool:
+        """Whether a call is on [negative; positive], which are the same latents twice.
+
+        Some pipelines do not say whether guidance is on, and some call once more on one side (Stable Diffusion 3 with
+        skipped layers).
+        """
+        if len(sample) % 2 or not getattr(self.pipeline, "do_classifier_free_guidance", True):
             return False
-        declared = getattr(self.pipeline, "do_classifier_free_guidance", None)
-        if declared is not None:
-            return bool(declared)
-        # Some pipelines keep it to themselves; with guidance both halves are the same latents.
         one, other = sample.chunk(2)
         return torch.equal(one, other)
 
@@ -133,8 +151,7 @@ class NegativeGuidance:
                 return original(*args, **kwargs)
             finally:
                 self._adapters.use_users()
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
-        self.second.to(sample.device)
+        self.second.to(device=_sample(args, kwargs).device, dtype=self.denoiser.dtype)
         try:
             return self.second(*args, **kwargs)
         finally:
@@ -150,6 +167,7 @@ def add_negative_guidance(
     beta: float = 1.0,
     *,
     base: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
+    batches_both_sides: bool | None = None,
 ) -> NegativeGuidance:
     """Makes a pipeline use a negative model as the unconditional side of its guidance until `remove()` is called.
 
@@ -162,13 +180,17 @@ def add_negative_guidance(
     guidance off it is the plain pipeline.
 
     Args:
-        pipeline: Any diffusers pipeline with classifier-free guidance.
+        pipeline: A diffusers pipeline with classifier-free guidance. Another pipeline that shares its denoiser is not
+            served: give that one a negative model of its own after removing this one.
         negative: A LoRA (file, folder, Hub id), full weights (folder or Hub id of a denoiser or pipeline), an output
             folder or checkpoint of a trainer, a loaded pipeline or denoiser.
         alpha: How much of the positive offset the negative side has, 0 to 1. Needs `base` to act on a positive side
             that is not made of LoRAs.
         beta: How much of the negative offset, 0 to 1; above 1 exaggerates it.
         base: theta, where the pipeline's denoiser was fully tuned and either alpha is not 1 or `negative` is no LoRA.
+        batches_both_sides: For pipelines that are not known: whether one call of the denoiser gets [negative;
+            positive] (True), or each side has a call of its own, inside `cache_context("cond")` and
+            `cache_context("uncond")` (False).
 
     Returns:
         The guidance at work, with `remove()`.
@@ -182,13 +204,22 @@ def add_negative_guidance(
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}={value}: it must be a number from 0 on; the paper uses 0 to 1.")
     denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if batches_both_sides is None:
+        batches_both_sides = _known_layout(pipeline)
     _check_guidable(pipeline, denoiser)
     base_denoiser = None if base is None else _whole_denoiser(base, pipeline, "base")
     read = read_negative(negative, pipeline)
     if isinstance(read, NegativeWeights):
         _check_architecture(denoiser, read.denoiser, read.name)
     _warn_of_another_base(base_denoiser or denoiser, pipeline, base, read)
-    return NegativeGuidance(pipeline, read, base_denoiser, float(alpha), float(beta))
+    needs_copy = isinstance(read, NegativeWeights) or (base_denoiser is not None and alpha != 1.0)
+    if needs_copy and _hooked(denoiser):
+        raise ValueError(
+            f"The pipeline's {type(denoiser).__name__} carries hooks of diffusers (group offloading or layerwise "
+            "casting), with which it cannot be copied for the negative side. Switch them on after the guidance, "
+            "or use a LoRA as negative."
+        )
+    return NegativeGuidance(pipeline, read, base_denoiser, float(alpha), float(beta), batches_both_sides)
 
 
 @contextmanager
@@ -199,22 +230,52 @@ def negative_guidance(
     beta: float = 1.0,
     *,
     base: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
+    batches_both_sides: bool | None = None,
 ) -> Iterator[DiffusionPipeline]:
     """[`add_negative_guidance`] for the duration of a `with` block, which then leaves the pipeline as it was.
+
+    Arguments and errors are those of [`add_negative_guidance`].
 
     ```python
     with negative_guidance(pipeline, "me/my-negative-lora"):
         image = pipeline("a cat", guidance_scale=5.0).images[0]
     ```
     """
-    guidance = add_negative_guidance(pipeline, negative, alpha, beta, base=base)
+    guidance = add_negative_guidance(pipeline, negative, alpha, beta, base=base, batches_both_sides=batches_both_sides)
     try:
         yield pipeline
     finally:
         guidance.remove()
 
 
+def _sample(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The noisy latents of a denoiser's call."""
+    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
+
+
+def _known_layout(pipeline: DiffusionPipeline) -> bool:
+    name = type(pipeline).__name__
+    if name in _BATCHED or name in _NAMED:
+        return name in _BATCHED
+    raise ValueError(
+        f"It is not known how a {name} calls its denoiser for guidance; known are "
+        f"{', '.join(sorted(_BATCHED + _NAMED))}. Look into its __call__ and pass batches_both_sides=True where "
+        "one call gets [negative; positive] stacked, or False where each side has a call of its own within "
+        'cache_context("cond") and cache_context("uncond").'
+    )
+
+
+def _hooked(denoiser: nn.Module) -> bool:
+    return any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in denoiser.modules())
+
+
 def _check_guidable(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:
+    if not isinstance(denoiser, ModelMixin):
+        raise ValueError(
+            f"The pipeline's {denoiser_name(pipeline)} is wrapped in a {type(denoiser).__name__}. Put the model "
+            "itself there: PeftModel.get_base_model() keeps the adapter in it; compile after the guidance was "
+            "added, or not at all."
+        )
     if hasattr(denoiser, _MARK):
         raise ValueError("This pipeline has a negative model already. Call remove() on it first.")
     parameters = inspect.signature(type(pipeline).__call__).parameters
@@ -224,10 +285,20 @@ def _check_guidable(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:
             f"This {type(pipeline).__name__} has no classifier-free guidance (its denoiser is distilled to draw "
             "without), so there is no negative side. Use the model that it was distilled from."
         )
-    if denoiser.config.get("guidance_embeds"):
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(
+            f"This {type(pipeline).__name__} has two transformers, one per range of noise, and a negative model is "
+            "of one."
+        )
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise ValueError(
+            "The denoiser caches what it computed at earlier steps, which the two sides would share. Call "
+            f"pipeline.{denoiser_name(pipeline)}.disable_cache() first."
+        )
+    if "true_cfg_scale" in parameters:
         logger.warning(
-            f"This {type(pipeline).__name__}'s guidance_scale is an input of its distilled denoiser. The negative "
-            "model acts only where you also pass true_cfg_scale above 1 and a negative_prompt."
+            f"In a {type(pipeline).__name__} guidance_scale is an input of a distilled denoiser. The negative "
+            "model acts only where you pass true_cfg_scale above 1 and a negative_prompt."
         )
 
 

@@ -1,5 +1,6 @@
 """What a user may pass as a negative model, read into one of two forms: a LoRA, or a whole denoiser."""
 
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import WEIGHTS_NAME
 from huggingface_hub import list_repo_files, snapshot_download
-from peft import get_peft_model_state_dict
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..run_record import RUN_RECORD, read_run_record
 
 
@@ -28,12 +31,14 @@ class NegativeLoRA:
         options: Further arguments of the denoiser's `load_lora_adapter`: metadata, or network alphas.
         record: What the training wrote about its base, where there is such a file.
         name: For messages.
+        scale: At which it was set where it comes from.
     """
 
     state_dict: dict[str, Tensor]
     options: dict[str, Any]
     record: dict[str, Any] | None
     name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def read_negative(negative: Any, pipeline: DiffusionPipeline) -> NegativeLoRA | 
         raise TypeError(
             f"negative is a {type(negative).__name__}; pass a LoRA file, a folder, a Hub id, a pipeline or a denoiser."
         )
-    own = getattr(pipeline, denoiser_name(pipeline))
+    negative, own = _unwrapped(negative), _unwrapped(getattr(pipeline, denoiser_name(pipeline)))
     if negative is own:
         raise ValueError(
             "negative is the pipeline's own denoiser, so both sides of the guidance would be the same. Load the base "
@@ -99,15 +104,34 @@ def read_negative(negative: Any, pipeline: DiffusionPipeline) -> NegativeLoRA | 
             f"The negative model carries the adapters {', '.join(adapters)}; exactly one can be taken. Save the one "
             "you mean with save_lora_weights and pass that folder."
         )
-    prefix = denoiser_name(pipeline)
-    config = negative.peft_config[adapters[0]].to_dict()
-    state_dict = get_peft_model_state_dict(negative, adapter_name=adapters[0])
+    (adapter,), prefix = adapters, denoiser_name(pipeline)
+    layers = [part for part in negative.modules() if isinstance(part, BaseTunerLayer) and adapter in part.scaling]
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            f"The negative model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
+            "pass the folder that it was saved to."
+        )
+    config = negative.peft_config[adapter].to_dict()
+    state_dict = get_peft_model_state_dict(negative, adapter_name=adapter)
+    root = layers[0].r[adapter] ** 0.5 if config.get("use_rslora") else layers[0].r[adapter]
     return NegativeLoRA(
         {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in state_dict.items()},
         {"metadata": {f"{prefix}.{key}": value for key, value in config.items()}},
-        None,
-        f"adapter {adapters[0]!r}",
+        {
+            "base_model": getattr(negative, "name_or_path", None) or type(negative).__name__,
+            "base_fingerprint": weights_fingerprint(negative),
+            "base_fingerprint_rounded": rounded_fingerprints(negative),
+        },
+        f"adapter {adapter!r}",
+        # set_adapters(..., weights) changes this and nothing else
+        layers[0].scaling[adapter] * root / layers[0].lora_alpha[adapter],
     )
+
+
+def _unwrapped(denoiser: nn.Module) -> nn.Module:
+    """The diffusers model inside PEFT's wrapper or a compiled module."""
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)
+    return denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
 
 
 def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | NegativeWeights:
@@ -115,14 +139,16 @@ def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | Negat
     path, name = Path(place), denoiser_name(pipeline)
     if path.is_file():
         return _read_lora(place, path.parent, pipeline)
-    files = (
-        [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-        if path.is_dir()
-        else list_repo_files(place)
-    )
+    files = _files(place)
 
     def folder(*patterns: str) -> Path:
         return path if path.is_dir() else Path(snapshot_download(place, allow_patterns=[*patterns, RUN_RECORD]))
+
+    if LORA_FILE in files and f"{name}/config.json" in files:
+        raise ValueError(
+            f"{place} holds a LoRA ({LORA_FILE}) and a whole denoiser ({name}), probably of two runs. Pass the one "
+            f"you mean: {place}/{LORA_FILE} or {place}/{name}."
+        )
 
     denoiser_class: type[ModelMixin] = type(getattr(pipeline, name))
     dtype = getattr(pipeline, name).dtype
@@ -149,6 +175,24 @@ def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | Negat
     )
 
 
+def _files(place: str) -> list[str]:
+    """Files of a folder or a Hub repository, by their paths in it; without a network, those of a stored snapshot."""
+    path = Path(place)
+    if not path.is_dir():
+        if path.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1:
+            raise ValueError(f"There is no file or folder {place}.")
+        try:
+            return list_repo_files(place)
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            try:
+                path = Path(snapshot_download(place, local_files_only=True))
+            except (LocalEntryNotFoundError, HFValidationError, OSError):
+                raise ValueError(
+                    f"{place} is no file or folder here, and no repository that the Hub gives: {error}"
+                ) from error
+    return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+
+
 def _check_class(folder: Path, expected: type[ModelMixin], place: str) -> None:
     found = json.loads((folder / "config.json").read_text()).get("_class_name")
     if found != expected.__name__:
@@ -162,7 +206,9 @@ def _read_lora(place: str, folder: Path, pipeline: DiffusionPipeline, file: str 
     if not hasattr(pipeline, "lora_state_dict"):
         raise TypeError(f"{type(pipeline).__name__} cannot load LoRAs. Pass full negative weights.")
     name = denoiser_name(pipeline)
-    options = {"unet_config": pipeline.unet.config} if name == "unet" else {}
+    options: dict[str, Any] = {"unet_config": pipeline.unet.config} if name == "unet" else {}
+    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
+        options["return_alphas"] = True
     path = place if Path(place).is_file() else folder / (file or LORA_FILE)
     read = pipeline.lora_state_dict(str(path), return_lora_metadata=True, use_safetensors=True, **options)
     state_dict, metadata = read[0], read[-1]

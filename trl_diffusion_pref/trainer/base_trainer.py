@@ -366,7 +366,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             )
         self._undo_preparation_by_evaluation()
         self._metrics.clear()
-        self.start_of_training()
+        self.start_of_training(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         with flush_denormals(self.args.device):
             result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         # The pipeline is there to sample from now: no dropout, and its parts together on one device.
@@ -375,8 +375,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             encoder.to(self.args.device)
         return result
 
-    def start_of_training(self) -> None:
-        """Forgets what an earlier call of `train` left."""
+    def start_of_training(self, resumed_from: Path | None) -> None:
+        """Forgets what an earlier call of `train` left; `resumed_from` is the checkpoint that this one goes on "
+        "from."""
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.

@@ -53,7 +53,16 @@ class Reference(ABC):
         save_file(weights, folder / _FILE)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The checkpoint has none.
+        """
+        if not (folder / _FILE).is_file():
+            raise ValueError(
+                f"{folder} holds no weights of a moving reference or teacher ({_FILE}), so it was trained with a "
+                "fixed one. Resume with the options of the run (teacher, sync_ref_model), or start a new one."
+            )
         stored = load_file(folder / _FILE)
         for name, parameter in self.parameters().items():
             parameter.data.copy_(stored[name])

@@ -1,6 +1,7 @@
 """Trainers on rows of prompts and images: encodes them, and keys the random numbers of each sample. Knows no loss."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -92,7 +93,7 @@ class RowTrainer(DiffusionPreferenceTrainer):
 
     # ---- One batch -----------------------------------------------------------------------------------------------
 
-    def start_of_training(self) -> None:
+    def start_of_training(self, resumed_from: Path | None) -> None:
         self._drawn = (-1, 0)
 
     def positions_in_step(self, count: int) -> range:

@@ -117,9 +117,12 @@ class SelfNPOTrainer(RowTrainer):
         self.latent_shape = latent_shape(self.pipeline, self.family, resolution)
         self.empty_prompt = {name: tensor.to(args.device) for name, tensor in self.prompt_table([""]).items()}
 
-    def start_of_training(self) -> None:
-        super().start_of_training()
+    def start_of_training(self, resumed_from: Path | None) -> None:
+        super().start_of_training(resumed_from)
         self.pool.clear()
+        # Not with the weights, which DeepSpeed loads elsewhere.
+        if resumed_from is not None and self.args.start == "noise":
+            self._load_pool(resumed_from)
 
     # ---- One batch -----------------------------------------------------------------------------------------------
 
@@ -143,7 +146,11 @@ class SelfNPOTrainer(RowTrainer):
 
         with self.teacher.applied() as teacher:
             predict = self._guided(teacher, conditioning)
-            x_t, position = advance(predict, process, times, x, position, steps, all_rows=self.shards_weights)
+            rounds = None
+            if self.shards_weights:
+                whole = self.args.start == "noise" and not model.training
+                rounds = self.args.solver_steps if whole else self.args.truncated_steps
+            x_t, position = advance(predict, process, times, x, position, steps, rounds=rounds)
             target = clean_estimate(predict, process, x_t, times[position])
         if self.args.start == "noise" and model.training:
             self.pool.put([key[-1] for key in keys], x_t, position, conditioning)
@@ -186,7 +193,11 @@ class SelfNPOTrainer(RowTrainer):
         """
         x, conditioning = draws.start_noise.clone(), {name: tensor.clone() for name, tensor in conditioning.items()}
         reach = torch.tensor(
-            [self.args.truncated_steps if slot in self.pool else self.args.solver_steps for slot in slots],
+            [
+                # Sharded weights are evaluated equally often by all processes, and that long only once.
+                self.args.truncated_steps if slot in self.pool or self.shards_weights else self.args.solver_steps
+                for slot in slots
+            ],
             device=x.device,
         )
         steps = 1 + (draws.first_advance * reach).long()
@@ -227,7 +238,7 @@ class SelfNPOTrainer(RowTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.start == "noise":
-            self.pool.save(folder, self.args.process_index)
+            self.pool.save(folder, self.args.process_index, self._pool_record)
         if self.args.teacher == "ema" and self.args.should_save:
             self.teacher.save(folder)
         # What makes a checkpoint count comes last, and the main process writes it.
@@ -236,15 +247,24 @@ class SelfNPOTrainer(RowTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
         if self.args.teacher == "ema":
-            self.teacher.load(folder)
-        if self.args.start == "noise":
-            written = len(list(folder.glob(TrajectoryPool.file_name("*"))))
-            if written == self.args.world_size:
-                self.pool.load(folder, self.args.process_index, self.args.device)
-            else:
-                logger.warning(
-                    f"{folder} holds the trajectories of {written} processes and there are {self.args.world_size} "
-                    "now, so all trajectories begin anew."
-                )
+            self.teacher.load(Path(resume_from_checkpoint))
+
+    @property
+    def _pool_record(self) -> dict[str, Any]:
+        """What a stored trajectory's place and latents depend on."""
+        return {
+            "solver_steps": self.args.solver_steps,
+            "latent shape": list(self.latent_shape),
+            "noise process": self.noise_process.describe(),
+        }
+
+    def _load_pool(self, folder: Path) -> None:
+        written = len(list(folder.glob(TrajectoryPool.file_name("*"))))
+        if written == self.args.world_size:
+            self.pool.load(folder, self.args.process_index, self.args.device, self._pool_record)
+        else:
+            logger.warning(
+                f"{folder} holds the trajectories of {written} processes and there are {self.args.world_size} now, so "
+                "all trajectories begin anew."
+            )

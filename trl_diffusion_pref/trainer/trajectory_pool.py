@@ -1,9 +1,12 @@
 """Unfinished trajectories, kept from one training step to the next."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -55,18 +58,36 @@ class TrajectoryPool:
         """Where a process keeps its pool within a checkpoint."""
         return f"trajectory_pool-{process}.safetensors"
 
-    def save(self, folder: Path, process: int) -> None:
-        """Writes the pool of one process."""
+    def save(self, folder: Path, process: int, record: dict[str, Any]) -> None:
+        """Writes the pool of one process, with what its places depend on."""
         tensors = {
             f"{slot}/{name}": tensor.detach().cpu().clone()
             for slot, stored in self._slots.items()
             for name, tensor in stored.items()
         }
-        save_file(tensors, folder / self.file_name(process))
+        save_file(tensors, folder / self.file_name(process), metadata={"record": json.dumps(record)})
 
-    def load(self, folder: Path, process: int, device: torch.device) -> None:
-        """Reads what `save` wrote."""
+    def load(self, folder: Path, process: int, device: torch.device, record: dict[str, Any]) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: The stored trajectories belong to another grid or other latents; the message says what differs.
+        """
         self.clear()
-        for key, tensor in load_file(folder / self.file_name(process)).items():
-            slot, name = key.split("/", 1)
-            self._slots.setdefault(int(slot), {})[name] = tensor if name == "position" else tensor.to(device)
+        file = folder / self.file_name(process)
+        with safe_open(file, "pt") as opened:
+            stored = json.loads((opened.metadata() or {}).get("record", "{}"))
+            different = [
+                f"{key} was {stored.get(key)!r} and is {value!r}"
+                for key, value in json.loads(json.dumps(record)).items()
+                if stored.get(key) != value
+            ]
+            if different:
+                raise ValueError(
+                    f"The trajectories in {file} cannot be continued: {'; '.join(different)}. Resume with the options "
+                    "of the run, or start a new one."
+                )
+            for key in opened.keys():  # noqa: SIM118
+                slot, name = key.split("/", 1)
+                tensor = opened.get_tensor(key)
+                self._slots.setdefault(int(slot), {})[name] = tensor if name == "position" else tensor.to(device)
