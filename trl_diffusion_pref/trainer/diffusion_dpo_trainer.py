@@ -177,7 +177,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
-            "noise process": self.noise_process.describe(),
+            "noise process": self.noise_process.describe(training_times=True),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),
             "seed": self.args.seed,
             "draws": draws,
