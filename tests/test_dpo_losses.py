@@ -1,12 +1,19 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_losses import VECTORS, set_a, set_c
 from torch.nn import functional
 
 from trl_diffusion_pref.likelihood import denoising_error
-from trl_diffusion_pref.losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, preserve_winner
+from trl_diffusion_pref.losses import (
+    diffusion_dpo_logits,
+    diffusion_dpo_loss,
+    dspo_loss,
+    flow_dpo_beta,
+    preserve_winner,
+)
 
 
 def tensors(letter: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,6 +166,58 @@ def test_clipped_margins_have_no_gradient_and_others_are_untouched():
     assert chosen.grad[1].item() == pytest.approx(40.0 / 4)
     logits = diffusion_dpo_logits(chosen.detach(), *rest, beta=40.0, margin_clip=10.0)
     assert logits.tolist() == [10.0, 0.0]
+
+
+def test_flow_dpo_s_loss_and_gradients_are_equation_6_with_a_beta_of_each_pair():
+    """Arrays of numpy in float64, from velocities on; gradients are written out too."""
+    rng = np.random.default_rng(0)
+    x0, noise = rng.normal(size=(2, 3, 5)), rng.normal(size=(3, 5))
+    velocity = noise - x0
+    predicted, reference = (velocity + 0.3 * rng.normal(size=(2, 3, 5)) for _ in range(2))
+    beta, t = 40.0, np.array([0.1, 0.5, 0.9])
+    errors, ref_errors = (((p - velocity) ** 2).mean(axis=-1) for p in (predicted, reference))
+    beta_t = beta * (1 - t) ** 2
+    u = -(beta_t / 2) * ((errors[0] - ref_errors[0]) - (errors[1] - ref_errors[1]))
+    expected = np.log1p(np.exp(-u))
+    # d loss / d prediction = (1 - sigmoid(u)) beta_t / 2 d(l_w - l_l) / d prediction
+    slope = (beta_t / 2 / (1 + np.exp(u)))[:, None] * 2 * (predicted - velocity) / 5
+    slope[1] *= -1
+
+    prediction = torch.tensor(predicted, dtype=torch.float32).requires_grad_()
+    target = torch.tensor(velocity, dtype=torch.float32)
+    of_model = denoising_error(prediction.flatten(0, 1), target.flatten(0, 1)).chunk(2)
+    of_reference = torch.tensor(ref_errors, dtype=torch.float32)
+    betas = flow_dpo_beta(torch.tensor(t), beta)
+    assert betas.dtype == torch.float32
+    np.testing.assert_allclose(betas.numpy(), [32.4, 10.0, 0.4], rtol=1e-6)
+    loss = diffusion_dpo_loss(*of_model, *of_reference, beta=betas)
+    np.testing.assert_allclose(loss.detach().numpy(), expected, rtol=1e-5)
+    loss.sum().backward()
+    np.testing.assert_allclose(prediction.grad.numpy(), slope, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "dmpo", "irepo"])
+def test_pairs_with_betas_of_their_own_lose_what_each_would_alone(loss_type):
+    generator = torch.Generator().manual_seed(0)
+    errors = [torch.rand(3, generator=generator) for _ in range(4)]
+    betas, options = torch.tensor([0.5, 20.0, 300.0]), {"loss_type": loss_type, "soft_labels": 0.7, "margin_clip": 9.0}
+    together = diffusion_dpo_loss(*errors, beta=betas, **options)
+    for row, beta in enumerate(betas.tolist()):
+        alone = diffusion_dpo_loss(*(error[row : row + 1] for error in errors), beta=beta, **options)
+        torch.testing.assert_close(together[row], alone[0])
+
+
+def test_a_pair_of_pure_noise_has_no_gradient_under_the_flow_schedule():
+    chosen = torch.tensor([0.1, 0.1], requires_grad=True)
+    rest = (torch.tensor([0.2, 0.2]), torch.tensor([0.3, 0.3]), torch.tensor([0.1, 0.1]))
+    diffusion_dpo_loss(chosen, *rest, beta=flow_dpo_beta(torch.tensor([1.0, 0.5]), 100.0)).sum().backward()
+    assert chosen.grad[0].item() == 0.0 and chosen.grad[1].item() > 0.0
+
+
+def test_betas_of_another_shape_than_the_errors_are_refused():
+    errors = [torch.rand(3) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"beta has shape \(3, 1\), the errors \(3,\)"):
+        diffusion_dpo_loss(*errors, beta=torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.5, 1.0])

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,10 +8,17 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
-from trl_diffusion_pref.noise import ContinuousVariancePreserving, RectifiedFlow, VariancePreserving, noise_process
+from trl_diffusion_pref.noise import (
+    TIMESTEP_SAMPLINGS,
+    ContinuousVariancePreserving,
+    RectifiedFlow,
+    VariancePreserving,
+    noise_process,
+)
 
 
 def scheduler(prediction_type: str, **options) -> DDPMScheduler:
@@ -168,3 +177,159 @@ def test_the_continuous_process_s_elbo_weight_is_half_the_fall_of_the_snr():
     drawn = process.sample_timesteps(20000, torch.Generator().manual_seed(0))
     assert drawn.mean().item() == pytest.approx(0.5, abs=0.01)
     assert drawn.std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+def logit_normal_cdf(t: float) -> float:
+    return (1 + math.erf(math.log(t / (1 - t)) / math.sqrt(2))) / 2
+
+
+def mode_cdf(t: float) -> float:
+    """The measure of all u in [0, 1] that the mode's formula maps to t or less, on a fine grid."""
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000
+    return float((1 - u - 1.29 * (np.cos(np.pi * u / 2) ** 2 - 1 + u) <= t).mean())
+
+
+CDFS = {"logit_normal": logit_normal_cdf, "uniform": lambda t: t, "mode": mode_cdf}
+
+
+class TestFlowTimes:
+    @pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+    @pytest.mark.parametrize("sampling", TIMESTEP_SAMPLINGS)
+    def test_drawn_times_have_the_distribution_of_their_formula_through_the_shift(self, sampling, shift):
+        process = RectifiedFlow(timestep_sampling=sampling, shift=shift)
+        drawn = process.sample_timesteps(100_000, torch.Generator().manual_seed(0))
+        assert drawn.dtype == torch.float32 and drawn.min() >= 0 and drawn.max() <= 1
+        for t in np.linspace(0.02, 0.98, 25):
+            before_shift = t / (shift - (shift - 1) * t)
+            # the Kolmogorov-Smirnov statistic of 100,000 draws is above this with probability 1e-6
+            assert (drawn <= t).float().mean().item() == pytest.approx(CDFS[sampling](before_shift), abs=0.0086)
+
+    def test_the_mode_has_most_times_in_the_middle_and_more_at_both_ends_than_the_logit_normal(self):
+        density = {name: [cdf(t + 0.01) - cdf(t) for t in (0.001, 0.495, 0.98)] for name, cdf in CDFS.items()}
+        assert density["mode"][1] > density["uniform"][1]
+        assert density["mode"][0] > 10 * density["logit_normal"][0]
+        assert density["mode"][2] > 10 * density["logit_normal"][2]
+
+    def test_the_default_is_the_scheduler_s_shift_of_logit_normal_times(self):
+        process = noise_process(FlowMatchEulerDiscreteScheduler(shift=3.0))
+        assert (process.timestep_sampling, process.shift, process.shift_terminal) == ("logit_normal", 3.0, 0.0)
+        # the median, 1/2, goes to 3/4
+        drawn = process.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+        assert drawn.median().item() == pytest.approx(0.75, abs=0.01)
+
+    def test_times_with_a_terminal_begin_there(self):
+        process = RectifiedFlow(timestep_sampling="uniform", shift_terminal=0.02)
+        drawn = process.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+        plain = RectifiedFlow(timestep_sampling="uniform").sample_timesteps(20_000, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(drawn, 1 - 0.98 * (1 - plain))
+        assert drawn.min() >= 0.02
+
+    def test_options_replace_what_the_scheduler_says(self):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.1)
+        process = noise_process(scheduler, timestep_sampling="mode", timestep_shift=1.0)
+        assert (process.timestep_sampling, process.shift, process.shift_terminal) == ("mode", 1.0, 0.0)
+        dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        assert noise_process(dynamic, timestep_shift=2.0).shift == 2.0
+
+    def test_quantiles_of_the_elbo_and_later_times_are_not_shifted(self):
+        plain, shifted = RectifiedFlow(), RectifiedFlow(shift=3.0, shift_terminal=0.1)
+        uniform = torch.linspace(0, 0.99, 50)
+        assert torch.equal(shifted.times_at(uniform), plain.times_at(uniform))
+        t = torch.full((50,), 0.3)
+        assert torch.equal(shifted.sample_later(t, uniform), plain.sample_later(t, uniform))
+
+    def test_processes_are_told_apart_by_their_times_only_where_training_times_matter(self):
+        processes = [
+            RectifiedFlow(),
+            RectifiedFlow(timestep_sampling="mode"),
+            RectifiedFlow(shift=3.0),
+            RectifiedFlow(shift_terminal=0.02),
+        ]
+        assert len({process.describe() for process in processes}) == 1
+        assert len({process.describe(training_times=True) for process in processes}) == 4
+        process = noise_process(scheduler("epsilon"))
+        assert process.describe(training_times=True) == process.describe()
+
+    def test_the_model_s_time_leads_back(self):
+        t = torch.rand(100, generator=torch.Generator().manual_seed(0))
+        process = RectifiedFlow()
+        torch.testing.assert_close(process.time_of(process.model_time(t)), t, rtol=1e-6, atol=0)
+
+
+class TestFlowShift:
+    """Against the sigmas that diffusers' schedulers make of equal steps from 1, 0 appended."""
+
+    STEPS = 8
+
+    def grid(self) -> list[float]:
+        return np.linspace(1.0, 1 / self.STEPS, self.STEPS).tolist()
+
+    @pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+    @pytest.mark.parametrize("shift", [1.0, 3.0])
+    def test_a_constant_shift(self, kind, shift):
+        times = noise_process(kind(shift=shift)).solver_times(self.STEPS)
+        reference = FlowMatchEulerDiscreteScheduler(shift=shift)
+        reference.set_timesteps(sigmas=self.grid())
+        torch.testing.assert_close(times.flip(0), reference.sigmas)
+
+    # Flux.1-dev's, and Qwen-Image's, which ends at 0.02
+    @pytest.mark.parametrize(
+        "options", [{}, {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}], ids=["flux", "qwen"]
+    )
+    @pytest.mark.parametrize("kind", ["exponential", "linear"])
+    @pytest.mark.parametrize("tokens", [256, 1024, 4096])
+    def test_a_shift_by_the_image_s_size(self, tokens, kind, options):
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        reference = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, **options)
+        config = reference.config
+        mu = calculate_shift(
+            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
+        reference.set_timesteps(sigmas=self.grid(), mu=mu)
+        times = noise_process(reference, image_tokens=tokens).solver_times(self.STEPS)
+        torch.testing.assert_close(times.flip(0), reference.sigmas)
+        assert times[0] == 0.0 and times[-1] == 1.0
+
+    @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+    @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+    def test_the_flow_shift_of_multistep_solvers(self, kind, shift):
+        reference = kind(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+        reference.set_timesteps(self.STEPS)
+        times = noise_process(reference).solver_times(self.STEPS)
+        # They begin, or end their equal steps, 1/1000 from where ours do, which the shift multiplies.
+        torch.testing.assert_close(times.flip(0), reference.sigmas.float(), rtol=0, atol=1.1e-3 * shift)
+
+    def test_a_grid_of_one_step_goes_from_noise_to_the_end(self):
+        process = RectifiedFlow(shift=3.0, shift_terminal=0.02)
+        assert process.solver_times(1).tolist() == [0.0, 1.0]
+        with pytest.raises(ValueError, match="0 solver steps"):
+            process.solver_times(0)
+
+    def test_without_the_image_s_size_only_what_needs_no_shift_can_be_done(self):
+        process = noise_process(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+        assert process.times_at(torch.tensor([0.5])).tolist() == [0.5]
+        for needs_it in (
+            lambda: process.sample_timesteps(2, torch.Generator()),
+            lambda: process.solver_times(4),
+        ):
+            with pytest.raises(ValueError, match="use_dynamic_shifting.*image_tokens"):
+                needs_it()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"timestep_sampling": "cosmap"}, "'cosmap' is none of logit_normal, uniform, mode"),
+            ({"shift": 0.0}, "shift=0.0: it must be positive"),
+            ({"shift_terminal": 1.0}, "shift_terminal=1.0 is outside"),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            RectifiedFlow(**options)
+
+    @pytest.mark.parametrize("options", [{"timestep_sampling": "uniform"}, {"timestep_shift": 1.0}], ids=str)
+    def test_variance_preserving_processes_refuse_a_flow_s_options(self, options):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name}=.*DDPMScheduler.*whose training times are uniform"):
+            noise_process(scheduler("epsilon"), **options)

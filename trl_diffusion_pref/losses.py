@@ -144,7 +144,7 @@ def diffusion_dpo_logits(
     ref_chosen_error: Tensor,
     ref_rejected_error: Tensor,
     *,
-    beta: float = 5000.0,
+    beta: float | Tensor = 5000.0,
     margin_clip: float | None = None,
 ) -> Tensor:
     """Implicit reward margin of each pair, `-(beta/2) ((l_w - l_l) - (r_w - r_l))` (arXiv 2311.12908, equation 46).
@@ -153,17 +153,41 @@ def diffusion_dpo_logits(
         chosen_error, rejected_error: `(B,)` mean squared denoising errors l of the model that is trained.
         ref_chosen_error, ref_rejected_error: `(B,)` errors r of the reference, same noise and timesteps.
         beta: In the convention of the authors' code: errors are means over the latent's elements, and the 1/2 stands.
+            One for all pairs, or `(B,)` floating, >= 0, one for each, as from `flow_dpo_beta`.
         margin_clip: Margins above this have no gradient, so that a pair which is won is not pulled further apart; the
             cheapest way to do that is to wreck the rejected image's likelihood. None leaves them.
 
     Returns:
         `(B,)` float32.
+
+    Raises:
+        ValueError: A tensor of betas with another shape than the errors (broadcasting would hide a mistake).
     """
     errors = (chosen_error, rejected_error, ref_chosen_error, ref_rejected_error)
+    if isinstance(beta, Tensor):
+        if beta.shape != chosen_error.shape:
+            raise ValueError(f"beta has shape {tuple(beta.shape)}, the errors {tuple(chosen_error.shape)}.")
+        beta = beta.float()
     chosen, rejected, ref_chosen, ref_rejected = (error.float() for error in errors)
     # Each image against its reference first: these differences are small, and exactly 0 at the start.
     logits = -(beta / 2) * ((chosen - ref_chosen) - (rejected - ref_rejected))
     return logits if margin_clip is None else logits.clamp(max=margin_clip)
+
+
+def flow_dpo_beta(t: Tensor, beta: float) -> Tensor:
+    """Flow-DPO's `beta_t = beta (1 - t)^2` (arXiv 2501.13918, with equation 6).
+
+    It is what the derivation from the KL divergence gives for velocity errors. The paper then trains with a constant
+    beta, since this schedule, under which times near the noise hardly count, was hacked by its rewards.
+
+    Args:
+        t: `(B,)` times of a rectified flow in [0, 1], 1 is noise.
+        beta: beta_t at t = 0.
+
+    Returns:
+        `(B,)` float32 in [0, beta].
+    """
+    return beta * (1 - t.float()).square()
 
 
 def diffusion_dpo_loss(
@@ -172,7 +196,7 @@ def diffusion_dpo_loss(
     ref_chosen_error: Tensor,
     ref_rejected_error: Tensor,
     *,
-    beta: float = 5000.0,
+    beta: float | Tensor = 5000.0,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
     dmpo_alpha: float = 0.01,
@@ -189,6 +213,7 @@ def diffusion_dpo_loss(
     - `"hinge"`: `max(0, 1 - u)`.
     - `"ipo"`: `(u - 1/2)^2`, beta^2 times the published `(u/beta - 1/(2 beta))^2` (arXiv 2310.12036): the same
       minimiser with gradients of DPO's size, where the published scale would lie below Adam's epsilon at beta 5000.
+      Where pairs have betas of their own, so do these factors: a pair whose beta is near 0 counts for little.
     - `"dmpo"`: `KL(Bernoulli(sigmoid(u)) || Bernoulli(1 - alpha))`.
     - `"irepo"`: `(u - logit P)^2` with P the probability that chosen is better (arXiv 2405.15230, for diffusion).
 
@@ -300,12 +325,13 @@ def preserve_winner(
 
 
 def check_diffusion_dpo_options(
-    loss_type: str, beta: float, label_smoothing: float, dmpo_alpha: float, margin_clip: float | None
+    loss_type: str, beta: float | Tensor, label_smoothing: float, dmpo_alpha: float, margin_clip: float | None
 ) -> None:
     """Raises the ValueError that `diffusion_dpo_loss` documents, so that a config can refuse them before training."""
     if loss_type not in DIFFUSION_DPO_LOSS_TYPES:
         raise ValueError(f"loss_type={loss_type!r} is none of {', '.join(DIFFUSION_DPO_LOSS_TYPES)}.")
-    if not beta > 0:
+    # A tensor's values are not looked at: that would wait for the device at every step.
+    if not isinstance(beta, Tensor) and not beta > 0:
         raise ValueError(f"beta={beta}: it must be positive; 0 would train nothing, less towards the rejected images.")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 0.5).")

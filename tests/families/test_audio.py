@@ -29,6 +29,13 @@ def test_the_audio_scheduler_with_another_prediction_is_refused():
         noise_process(scheduler)
 
 
+@pytest.mark.parametrize("options", [{"timestep_sampling": "uniform"}, {"timestep_shift": 1.0}], ids=str)
+def test_stable_audio_refuses_a_flow_s_options(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}=.*whose training times are uniform"):
+        noise_process(tiny.build("stable_audio").scheduler, **options)
+
+
 def test_a_tone_is_loudest_where_its_frequency_is_on_the_mel_scale():
     pipeline = tiny.build("audioldm2")
     family = family_for(pipeline)

@@ -193,7 +193,7 @@ def test_latents_means_and_deviations_have_one_scale(name):
 @every_family
 def test_target_and_predicted_latents_invert_each_other(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
-    process = noise_process(pipeline.scheduler)
+    process = noise_process(pipeline.scheduler, image_tokens=16)
     if case.prediction_type is None:
         assert isinstance(process, RectifiedFlow)
     else:
@@ -228,6 +228,16 @@ def test_the_sampler_goes_to_the_image_that_the_process_s_target_stands_for(name
         sample = scheduler.step(prediction, time, sample, return_dict=False)[0]
     # Solvers with integer times miss a flow's by up to 1/1000.
     torch.testing.assert_close(sample, x0, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["flux_dev", "flux_schnell", "qwen_image"])
+def test_the_solver_s_grid_is_that_of_a_sampler_which_shifts_by_the_image_s_size(name):
+    case, pipeline = tiny.CASES[name], tiny.build(name)
+    family = family_for(pipeline)
+    sample(pipeline, name, PROMPTS[:1], num_inference_steps=5)
+    mean, _ = family.encode_images(pipeline, case.pixels())
+    process = noise_process(pipeline.scheduler, family.image_tokens(tuple(mean.shape[1:])))
+    torch.testing.assert_close(process.solver_times(5).flip(0), pipeline.scheduler.sigmas)
 
 
 @every_family

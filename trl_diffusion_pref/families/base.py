@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,18 @@ class Family(ABC):
         Returns:
             Two tensors `(B, C, h, w)` float32.
         """
+
+    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """How many tokens the denoiser makes of one sample; flow schedulers that shift by size are told by it.
+
+        Args:
+            latent_shape: `(C, h, w)`, or `(C, f, h, w)` for clips.
+
+        Returns:
+            One per 2x2 latents, as Flux's, Qwen-Image's and SD 3's pipelines count.
+        """
+        *frames, height, width = latent_shape[1:]
+        return math.prod(frames) * (height // 2) * (width // 2)
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:

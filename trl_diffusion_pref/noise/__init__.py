@@ -5,13 +5,18 @@ steps for variance-preserving processes with a table of betas, t in [0, 1] for t
 the denoiser is called with.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 from .base import NoiseProcess, per_sample
-from .continuous import ContinuousVariancePreserving, RectifiedFlow
+from .continuous import TIMESTEP_SAMPLINGS, ContinuousVariancePreserving, RectifiedFlow
 from .variance_preserving import PREDICTION_TYPES, VariancePreserving
 
 
 __all__ = [
     "PREDICTION_TYPES",
+    "TIMESTEP_SAMPLINGS",
     "ContinuousVariancePreserving",
     "NoiseProcess",
     "RectifiedFlow",
@@ -21,18 +26,40 @@ __all__ = [
 ]
 
 
-def noise_process(scheduler) -> NoiseProcess:
+def noise_process(
+    scheduler,
+    image_tokens: int | None = None,
+    *,
+    timestep_sampling: str | None = None,
+    timestep_shift: float | None = None,
+) -> NoiseProcess:
     """The noise process that a pipeline with this scheduler was trained for.
 
     Args:
-        scheduler: A diffusers scheduler; its sampling method does not matter, its betas and prediction type do.
+        scheduler: A diffusers scheduler; its sampling method does not matter, its betas, prediction type and shift do.
+        image_tokens: Of one image, see `Family.image_tokens`. Where a flow's shift depends on it and it is not given,
+            the process can draw no training times.
+        timestep_sampling: How a flow's training times are drawn, see `RectifiedFlow`; default "logit_normal".
+        timestep_shift: Of a flow's times; default what the scheduler's config says (`shift`, `flow_shift`, or by
+            `image_tokens` with `use_dynamic_shifting`; `shift_terminal` after it). One that is given stands alone.
 
     Raises:
         TypeError: The scheduler belongs to none of these processes.
-        ValueError: It does, with a prediction type that cannot be trained.
+        ValueError: It does, with a prediction type that cannot be trained; the options of a flow for another process,
+            or outside their range.
     """
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return RectifiedFlow(scheduler.config.num_train_timesteps)
+    if _is_flow(scheduler):
+        config, terminal = scheduler.config, 0.0
+        if timestep_shift is None:
+            timestep_shift, terminal = _shift(config, image_tokens), config.get("shift_terminal") or 0.0
+        sampling = timestep_sampling or "logit_normal"
+        return RectifiedFlow(config.num_train_timesteps, sampling, timestep_shift, terminal)
+    for name, value in (("timestep_sampling", timestep_sampling), ("timestep_shift", timestep_shift)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for flow models. With {type(scheduler).__name__} this is a variance-preserving "
+                "process, whose training times are uniform. Leave it out."
+            )
     if type(scheduler).__name__ == "CosineDPMSolverMultistepScheduler":
         if scheduler.config.prediction_type != "v_prediction" or scheduler.config.sigma_data != 1.0:
             raise ValueError(
@@ -42,12 +69,33 @@ def noise_process(scheduler) -> NoiseProcess:
             )
         return ContinuousVariancePreserving(scheduler.config.num_train_timesteps)
     if hasattr(scheduler, "alphas_cumprod"):
-        prediction_type = scheduler.config.get("prediction_type", "epsilon")
-        # Multistep solvers (Sana's, Wan's) have alphas_cumprod even where the model is a flow.
-        if prediction_type == "flow_prediction":
-            return RectifiedFlow(scheduler.config.num_train_timesteps)
-        return VariancePreserving(scheduler.alphas_cumprod, prediction_type)
+        return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
     raise TypeError(
         f"{type(scheduler).__name__} is neither a variance-preserving scheduler (with alphas_cumprod, such as "
         "DDPMScheduler) nor a flow-matching one. Set pipeline.scheduler to one of these before training."
     )
+
+
+def _is_flow(scheduler) -> bool:
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return True
+    # Multistep solvers (Sana's, Wan's) have alphas_cumprod even where the model is a flow.
+    return hasattr(scheduler, "alphas_cumprod") and scheduler.config.get("prediction_type") == "flow_prediction"
+
+
+def _shift(config: Mapping[str, Any], image_tokens: int | None) -> float | None:
+    """The factor by which a flow's sampler shifts times; None where it depends on tokens and they are not known.
+
+    With `use_dynamic_shifting` diffusers' pipelines hand their scheduler mu, a straight line through `base_shift` at
+    `base_image_seq_len` tokens and `max_shift` at `max_image_seq_len`; e^mu is the factor ("exponential"), or mu
+    ("linear"). The defaults are those pipelines', for schedulers whose config lacks these options.
+    """
+    if config.get("use_dynamic_shifting"):
+        if image_tokens is None:
+            return None
+        base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = base + (most - base) / (max_tokens - base_tokens) * (image_tokens - base_tokens)
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    # Multistep solvers read their own option, and only with flow sigmas.
+    return config.flow_shift if config.get("use_flow_sigmas") else config.get("shift", 1.0)

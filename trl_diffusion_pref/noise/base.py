@@ -35,8 +35,13 @@ class NoiseProcess(ABC):
 
     num_train_timesteps: int
 
-    def describe(self) -> str:
-        """What tells this process from others: its kind, prediction and schedule."""
+    def describe(self, *, training_times: bool = False) -> str:
+        """What tells this process from others: its kind, prediction and schedule.
+
+        Args:
+            training_times: Also how training times are drawn, where processes of a kind differ in it. Errors at drawn
+                times depend on that; estimates of the ELBO, whose times are quantiles, do not.
+        """
         schedule = hashlib.sha256(self._schedule().numpy().tobytes()).hexdigest()[:16]
         return f"{type(self).__name__} {getattr(self, 'prediction_type', '')} {self.num_train_timesteps} {schedule}"
 

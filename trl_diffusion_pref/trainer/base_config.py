@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from ..noise import TIMESTEP_SAMPLINGS
+
 
 @dataclass
 class DiffusionPreferenceConfig(_BaseConfig):
@@ -36,6 +38,13 @@ class DiffusionPreferenceConfig(_BaseConfig):
             Share of pairs, in [0, 1), that are trained with the empty prompt. One decision for both images of a pair.
         encode_batch_size (`int`, *optional*, defaults to `8`):
             Pairs that the VAE, and prompts that the text encoders, take at once before training.
+        timestep_sampling (`str`, *optional*):
+            How a flow model's training times are drawn: `"logit_normal"` (the default there), `"uniform"` or `"mode"`
+            (arXiv 2403.03206). Other models' times are uniform, and this option is refused.
+        timestep_shift (`float`, *optional*):
+            s of `t' = s t / (1 + (s - 1) t)`, which moves a flow model's training times, and Self-NPO's solver grid,
+            towards the noise. Default: what the scheduler's config says, by the image's size where it says so; 1
+            leaves times as they are drawn, as diffusers' examples train Flux. Refused for other models.
         eval_draws (`int`, *optional*, defaults to `8`):
             Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
             likelihoods for the preference accuracy; 0 leaves it out.
@@ -84,6 +93,16 @@ class DiffusionPreferenceConfig(_BaseConfig):
     encode_batch_size: int = field(
         default=8, metadata={"help": "Pairs or prompts that are encoded at once before training."}
     )
+    timestep_sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a flow model's training times are drawn. Default: logit_normal.",
+            "choices": list(TIMESTEP_SAMPLINGS),
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Shift of a flow model's training times. Default: the scheduler's."}
+    )
     eval_draws: int = field(
         default=8,
         metadata={"help": "Noisy versions of each held-out image for the preference accuracy; 0 leaves it out."},
@@ -126,6 +145,10 @@ class DiffusionPreferenceConfig(_BaseConfig):
             raise ValueError(f"prompt_dropout={self.prompt_dropout} is outside [0, 1).")
         if self.encode_batch_size < 1:
             raise ValueError(f"encode_batch_size={self.encode_batch_size}: it must be at least 1.")
+        if self.timestep_sampling is not None:
+            self._check_choices("timestep_sampling")
+        if self.timestep_shift is not None and not self.timestep_shift > 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift}: it must be positive; 1 shifts nothing.")
         if self.eval_draws < 0:
             raise ValueError(f"eval_draws={self.eval_draws}: it must be 0 or more.")
 

@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import HubStrategy
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..data import on_device
+from ..data import latent_shape, on_device
 from ..families import family_for
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..hub import (
@@ -44,7 +44,7 @@ from ..hub import (
     save_pipeline,
     write_model_card,
 )
-from ..noise import noise_process
+from ..noise import NoiseProcess, RectifiedFlow, noise_process
 from ..run_record import RUN_RECORD, write_run_record
 from .base_config import DiffusionPreferenceConfig
 from .checkpoints import check_checkpoint_base, check_same_base, checkpoint_problem, last_complete_checkpoint
@@ -96,7 +96,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         for name, value in published(self._name, self.family.pipeline_class).values.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-        self.noise_process = noise_process(self.pipeline.scheduler)
+        self.noise_process = self.make_noise_process(args)
         base = self._base_denoiser()
         self._base_model = self._hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
@@ -116,6 +116,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 encoder.to(args.device).eval()
         # The first process fills the cache, the others read it.
         with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
+            if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
+                self.noise_process = self.make_noise_process(args, self._image_tokens(args))
             self._prepare_encoding(args, train_dataset, eval_dataset)
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
             encoded_eval = self._encode_eval(eval_dataset, args)
@@ -183,6 +185,22 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
         """One key per sample of the batch."""
 
+    def make_noise_process(self, args: DiffusionPreferenceConfig, image_tokens: int | None = None) -> NoiseProcess:
+        """The process of the pipeline's scheduler with the run's options.
+
+        Called before anything is encoded, so that what cannot be trained is refused at once, and again where the
+        images' tokens are needed.
+
+        Raises:
+            ValueError: The options are not for this process.
+        """
+        return noise_process(
+            self.pipeline.scheduler,
+            image_tokens,
+            timestep_sampling=args.timestep_sampling,
+            timestep_shift=args.timestep_shift,
+        )
+
     def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch on its device as the algorithm takes it."""
         return inputs
@@ -223,6 +241,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         """The base's Hub id; None where it came from a local folder."""
         name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
         return name if name and not os.path.isdir(name) else None
+
+    def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
+        """Of the images that are trained on."""
+        resolution = args.resolution or self.family.resolution(self.pipeline)
+        return self.family.image_tokens(latent_shape(self.pipeline, self.family, resolution))
 
     def _base_denoiser(self) -> nn.Module:
         """The denoiser as it was passed; an adapter that `PeftModel` wraps around it is kept for `_make_trainable`."""

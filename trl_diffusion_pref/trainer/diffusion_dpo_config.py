@@ -8,6 +8,7 @@ from .pairwise_config import PairwiseConfig
 
 REFERENCES = ("auto", "adapter_off", "frozen_adapter", "copy", "precomputed")
 GUARDS = ("stop", "warn", "off")
+BETA_SCHEDULES = ("constant", "flow")
 
 
 @dataclass
@@ -22,7 +23,12 @@ class DiffusionDPOConfig(PairwiseConfig):
             Strength of the tie to the reference, in the convention of the authors' code: errors are means over the
             latent's elements and the pair's logit is `-(beta/2) ((l_w - l_l) - (r_w - r_l))`. Released: 5000 (SD 1.5
             and SDXL); the paper's main runs 2000; good range there 2000 to 5000. See docs/diffusion_dpo.md for other
-            conventions. `loss_type="dspo"` wants 0.001.
+            conventions. `loss_type="dspo"` wants 0.001. For flow models (Flow-DPO) the paper has 500 and searched 100
+            to 8000, flow_grpo's code for SD 3.5 has 100: set it.
+        beta_schedule (`str`, *optional*, defaults to `"constant"`):
+            How beta depends on a pair's time t: `"constant"`, or `"flow"`, `beta (1 - t)^2`, for flow models alone.
+            The second is what Flow-DPO's derivation gives (arXiv 2501.13918); the paper and the released code train
+            with the first, since the second led to reward hacking and worse text alignment.
         loss_type (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, `"hinge"`, `"ipo"`, `"dmpo"`, `"irepo"`, `"dspo"` or `"dspo_sdxl"`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
@@ -92,6 +98,13 @@ class DiffusionDPOConfig(PairwiseConfig):
             "Released code: 5000; paper: 2000 to 5000."
         },
     )
+    beta_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How beta depends on time: `constant`, or `flow`, beta (1 - t)^2, for flow models.",
+            "choices": list(BETA_SCHEDULES),
+        },
+    )
     loss_type: str = field(
         default="sigmoid", metadata={"help": "The loss.", "choices": list(DIFFUSION_DPO_LOSS_TYPES)}
     )
@@ -143,7 +156,12 @@ class DiffusionDPOConfig(PairwiseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_diffusion_dpo_options(self.loss_type, self.beta, self.label_smoothing, self.dmpo_alpha, self.margin_clip)
-        self._check_choices("reference", "divergence_guard")
+        self._check_choices("reference", "divergence_guard", "beta_schedule")
+        if self.beta_schedule == "flow" and self.loss_type.startswith("dspo"):
+            raise ValueError(
+                f"beta_schedule='flow' is not defined for loss_type={self.loss_type!r}, where beta is a weight too. "
+                "Use 'constant'."
+            )
         if not 0 < self.soft_label < 1:
             raise ValueError(f"soft_label={self.soft_label} is outside (0, 1).")
         if self.winner_preserving_mu is not None and not 0 <= self.winner_preserving_mu <= 1:

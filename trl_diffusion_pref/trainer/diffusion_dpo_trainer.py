@@ -16,7 +16,8 @@ from ..architecture import different_parameters
 from ..data import NoisyPairs, column_names, dataset_fingerprint
 from ..fingerprint import weights_fingerprint
 from ..likelihood import denoising_error
-from ..losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, preserve_winner
+from ..losses import diffusion_dpo_logits, diffusion_dpo_loss, dspo_loss, flow_dpo_beta, preserve_winner
+from ..noise import NoiseProcess, RectifiedFlow
 from ..randomness import EVALUATION, REFERENCE, generator_for
 from .base_config import DiffusionPreferenceConfig
 from .diffusion_dpo_config import DiffusionDPOConfig
@@ -29,6 +30,9 @@ from .row_tables import load_or_compute
 class DiffusionDPOTrainer(PairwiseTrainer):
     """Trainer for Diffusion-DPO (Diffusion Model Alignment Using Direct Preference Optimization).
 
+    On a flow model (Stable Diffusion 3, Flux, ...) it is Flow-DPO (arXiv 2501.13918, equation 6): errors are those of
+    the velocity, and beta is constant unless `beta_schedule` says otherwise.
+
     Arguments are those of [`PairwiseTrainer`], with `args` a [`DiffusionDPOConfig`], and
 
     Args:
@@ -37,7 +41,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
 
     Raises:
         ValueError: A reference of another architecture, or the trained model itself; options that contradict each
-            other; soft labels outside (0, 1); precomputed errors that were made from something else.
+            other or the model's noise process; soft labels outside (0, 1); precomputed errors that were made from
+            something else.
     """
 
     config_class = DiffusionDPOConfig
@@ -80,6 +85,15 @@ class DiffusionDPOTrainer(PairwiseTrainer):
                 self, self.args.divergence_guard, self.args.divergence_margin, self.args.divergence_window
             )
             self.add_callback(self.divergence_guard)
+
+    def make_noise_process(self, args: DiffusionDPOConfig, image_tokens: int | None = None) -> NoiseProcess:
+        process = super().make_noise_process(args, image_tokens)
+        if args.beta_schedule == "flow" and not isinstance(process, RectifiedFlow):
+            raise ValueError(
+                f"beta_schedule='flow' is for flow models, and the {type(self.pipeline).__name__}'s "
+                f"{type(self.pipeline.scheduler).__name__} makes it a variance-preserving one. Use 'constant'."
+            )
+        return process
 
     # ---- Reference -----------------------------------------------------------------------------------------------
 
@@ -177,7 +191,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
             "rows": len(dataset),
-            "noise process": self.noise_process.describe(),
+            "noise process": self.noise_process.describe(training_times=True),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),
             "seed": self.args.seed,
             "draws": draws,
@@ -226,7 +240,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
     def pair_values(
         self, model: nn.Module, noisy: NoisyPairs, inputs: dict[str, Tensor], keys: list
     ) -> dict[str, Tensor]:
-        args = self.args
+        args, beta = self.args, self._beta(noisy)
         prediction = self.predictions(model, noisy)
         chosen_error, rejected_error = denoising_error(prediction, noisy.target).chunk(2)
         ref_prediction = None if self._reference_errors else self.reference_predictions(noisy)
@@ -244,14 +258,14 @@ class DiffusionDPOTrainer(PairwiseTrainer):
                 prediction.chunk(2)[0],
                 noisy.target.chunk(2)[0],
                 ref_prediction.chunk(2)[0],
-                diffusion_dpo_logits(*errors, beta=args.beta, margin_clip=args.margin_clip),
-                beta=args.beta,
+                diffusion_dpo_logits(*errors, beta=beta, margin_clip=args.margin_clip),
+                beta=beta,
                 loss_type=args.loss_type,
             )
         else:
             loss = diffusion_dpo_loss(
                 *errors,
-                beta=args.beta,
+                beta=beta,
                 loss_type=args.loss_type,
                 label_smoothing=args.label_smoothing,
                 dmpo_alpha=args.dmpo_alpha,
@@ -260,11 +274,17 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             )
         loss = loss + args.sft_weight * chosen_error
         rewards = tuple(
-            -(args.beta / 2) * (error.detach() - ref_error)
+            -(beta / 2) * (error.detach() - ref_error)
             for error, ref_error in zip((chosen_error, rejected_error), ref_errors, strict=True)
         )
         values = self.pair_metrics(loss, rewards, (chosen_error, rejected_error))
         return {**values, "mse/ref_chosen": ref_errors[0], "mse/ref_rejected": ref_errors[1]}
+
+    def _beta(self, noisy: NoisyPairs) -> float | Tensor:
+        """One for all pairs, or `(B,)` by their times."""
+        if self.args.beta_schedule == "constant":
+            return self.args.beta
+        return flow_dpo_beta(self.noise_process.time_of(noisy.model_time.chunk(2)[0]), self.args.beta)
 
     def _look_up_errors(self, training: bool, keys: list, device: torch.device) -> tuple[Tensor, Tensor]:
         table = self._reference_errors.get("train" if training else f"eval {self.evaluated_name}")

@@ -14,6 +14,9 @@ class MaPOTrainer(PairwiseTrainer):
 
     Arguments are those of [`PairwiseTrainer`], with `args` a [`MaPOConfig`].
 
+    On a flow model errors are those of the velocity, and T of the loss is the scheduler's `num_train_timesteps`, 1000:
+    a choice made here, since the times are continuous and MaPO was published for SDXL alone.
+
     Example:
 
     ```python

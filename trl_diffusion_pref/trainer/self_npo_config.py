@@ -106,6 +106,11 @@ class SelfNPOConfig(DiffusionPreferenceConfig):
         for name, choices in (("start", STARTS), ("teacher", TEACHERS), ("loss_type", SELF_NPO_LOSS_TYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(choices)}.")
+        if self.timestep_sampling is not None:
+            raise ValueError(
+                f"timestep_sampling={self.timestep_sampling!r} plays no part in Self-NPO: its times are places of the "
+                "solver's grid, and uniform over those later than such a place. Leave it out."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} is outside [0, 1).")
         if self.truncated_steps < 1:

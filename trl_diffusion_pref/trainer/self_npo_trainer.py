@@ -47,6 +47,9 @@ class SelfNPOTrainer(RowTrainer):
 
     The result is a negative model: sample with it through `guidance.negative_guidance`.
 
+    On a flow model trajectories follow Euler steps on the scheduler's shifted grid, and errors are those of the clean
+    latents as everywhere: with `loss_type="l2"` the loss is t^2 times the velocity's mean squared error.
+
     Args:
         model, args, eval_dataset, data_collator, callbacks, optimizers, peft_config: As in [`MaPOTrainer`], with
             `args` a [`SelfNPOConfig`].
