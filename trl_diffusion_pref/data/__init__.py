@@ -6,12 +6,14 @@ from .encoding import (
     CONDITIONING_PREFIX,
     EncodingOptions,
     encode_rows,
+    image_conditioning_prefix,
     latent_columns,
     latent_shape,
     on_device,
     stream_rows,
+    uncropped_conditioning,
 )
-from .noisy import NoisyPairs, corrupt_pairs, pair_conditioning, pair_latents
+from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
 from .prompts import PromptTable, encode_prompt_table
 
 
@@ -27,12 +29,15 @@ __all__ = [
     "conditioning_of",
     "corrupt_pairs",
     "dataset_fingerprint",
+    "drop_prompts",
     "encode_rows",
     "encode_prompt_table",
+    "image_conditioning_prefix",
     "latent_columns",
     "latent_shape",
     "on_device",
     "pair_conditioning",
     "pair_latents",
     "stream_rows",
+    "uncropped_conditioning",
 ]

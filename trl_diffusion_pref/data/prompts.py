@@ -1,18 +1,25 @@
 """Prompt embeddings, computed once per distinct prompt and kept on disk."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
+
+
+# Part of the cache's key: raise it when encoded values change for the same inputs.
+_PROMPTS_VERSION = 2
 
 
 class PromptTable:
@@ -44,35 +51,72 @@ class PromptTable:
         return {name: torch.as_tensor(batch[name]) for name in self.names}
 
 
+def _text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
+    """Of all that `encode_prompts` depends on: encoders, tokenizers, and how pipeline and denoiser are configured."""
+    own = set(pipeline.config) - set(pipeline.components)
+    configs = [
+        {key: value for key, value in config.items() if not key.startswith("_")}
+        for config in ({key: pipeline.config[key] for key in own}, family.denoiser(pipeline).config)
+    ]
+    return Hasher.hash(
+        [
+            family.pipeline_class,
+            [weights_fingerprint(module) for module in family.encoders(pipeline)],
+            [
+                _tokenizer_description(part)
+                for part in pipeline.components.values()
+                if isinstance(part, PreTrainedTokenizerBase)
+            ],
+            json.dumps(configs, sort_keys=True, default=str),
+        ]
+    )
+
+
+def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Vocabulary, merges and what else decides a text's tokens."""
+    described: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "length": tokenizer.model_max_length,
+        "side": [tokenizer.padding_side, tokenizer.truncation_side],
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        described |= json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not part of the tokenizer.
+        described["truncation"] = described["padding"] = None
+    else:
+        described["vocabulary"] = tokenizer.get_vocab()
+    return json.dumps(described, sort_keys=True, default=str)
+
+
 def encode_prompt_table(
     prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family, *, cache_folder: Path, batch_size: int
 ) -> PromptTable:
-    """Encodes the distinct prompts and the empty one, or finds them in the cache.
+    """Encodes the distinct prompts, or finds them in the cache. The empty one is `Family.encode_unconditional`.
 
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Holds one Arrow file per (text encoders, set of prompts).
+        cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, set of prompts.
     """
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
-    encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
-    tokenizers = [
-        part.get_vocab() for part in pipeline.components.values() if isinstance(part, PreTrainedTokenizerBase)
-    ]
-    fingerprint = Hasher.hash([family.pipeline_class, encoders, Hasher.hash(tokenizers), distinct])
-    probe = family.encode_prompts(pipeline, [""])
+    # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
+    unconditional = family.encode_unconditional(pipeline)
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, _text_fingerprint(pipeline, family), distinct])
 
-    def encode(batch: dict[str, list]) -> dict:
-        return {
-            name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(pipeline, batch["prompt"]).items()
-        }
+    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        texts = [prompt for prompt in batch["prompt"] if prompt]
+        encoded = family.encode_prompts(pipeline, texts) if texts else {}
+        # Only the very first row is the empty prompt.
+        parts = [unconditional] * ("" in batch["prompt"]) + [encoded] * bool(texts)
+        return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in unconditional}
 
     table = Dataset.from_dict({"prompt": distinct}).map(
         encode,
         batched=True,
         batch_size=batch_size,
-        features=array_features({name: tensor[0].shape for name, tensor in probe.items()}, prompt="string"),
+        features=array_features({name: tensor[0].shape for name, tensor in unconditional.items()}, prompt="string"),
         new_fingerprint=fingerprint,
         cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
         desc="Encoding prompts",

@@ -82,6 +82,14 @@ class Family(ABC):
             fixed length, and a mask (1: token, 0: padding) stands beside them where the denoiser takes one.
         """
 
+    def encode_unconditional(self, pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+        """What the pipeline's sampler puts on the unconditional side where the user gives no negative prompt.
+
+        Returns:
+            As `encode_prompts` of one prompt, `(1, ...)`. Default: the empty prompt's.
+        """
+        return self.encode_prompts(pipeline, [""])
+
     def image_conditioning(
         self,
         pipeline: DiffusionPipeline,

@@ -22,6 +22,15 @@ class SanaFamily(Family):
         return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: SanaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return self._encode(pipeline, prompts, call_default(pipeline, "complex_human_instruction"))
+
+    def encode_unconditional(self, pipeline: SanaPipeline) -> dict[str, Tensor]:
+        """The empty prompt, without the instruction that stands before all others."""
+        return self._encode(pipeline, [""], None)
+
+    def _encode(
+        self, pipeline: SanaPipeline, prompts: Sequence[str], instruction: list[str] | None
+    ) -> dict[str, Tensor]:
         with torch.no_grad():
             prompt_embeds, prompt_attention_mask, _, _ = pipeline.encode_prompt(
                 list(prompts),
@@ -29,7 +38,7 @@ class SanaFamily(Family):
                 device=self.text_device(pipeline),
                 clean_caption=call_default(pipeline, "clean_caption"),
                 max_sequence_length=call_default(pipeline, "max_sequence_length"),
-                complex_human_instruction=call_default(pipeline, "complex_human_instruction"),
+                complex_human_instruction=instruction,
             )
         return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
 
