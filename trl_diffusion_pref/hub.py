@@ -81,6 +81,8 @@ def export_lora(
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors` from the model's active adapter, loadable by `load_lora_weights`.
 
+    For pipelines without that method, what `PeftModel.from_pretrained` reads; see `Family.lora_format`.
+
     The adapter's configuration goes into the file's metadata. Without it diffusers guesses the rank from the weights,
     takes `lora_alpha` to equal it, and scales the LoRA wrongly whenever it does not.
     """
@@ -124,6 +126,7 @@ def write_model_card(
     negative: bool,
     paper: dict[str, str],
     pipeline: DiffusionPipeline,
+    family: Family,
     base_model: str | None,
     base_fingerprint: str,
     lora: bool,
@@ -140,13 +143,14 @@ def write_model_card(
         base_model: Hub id, or None where the base came from a folder that others do not have.
         options: What was trained with, shown as a table.
     """
+    task = f"text-to-{family.modality}"
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         datasets=dataset_name,
         model_name=model_name,
-        tags=sorted({"text-to-image", *(["lora"] if lora else []), *tags}),
+        tags=sorted({task, *(["lora"] if lora else []), *tags}),
     )
     card = ModelCard.from_template(
         card_data=data,
@@ -159,6 +163,16 @@ def write_model_card(
         base=base_model,
         base_fingerprint=base_fingerprint,
         lora=lora,
+        lora_format=family.lora_format,
+        denoiser=family.denoiser_name,
+        sample=family.modality,
+        samples={"image": "images", "video": "frames", "audio": "audios"}[family.modality],
+        # diffusers wants to be told again what a pipeline goes without.
+        absent="".join(
+            f", {name}=None"
+            for name, component in pipeline.components.items()
+            if component is None and name.startswith(("text_encoder", "tokenizer"))
+        ),
         repo_id=repo_id or model_name or folder.name,
         dataset=dataset_name,
         options=options,
