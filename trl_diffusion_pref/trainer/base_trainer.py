@@ -308,7 +308,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 "Set activation_checkpointing=False."
             )
         logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
-        args.activation_checkpointing = False
+        args.activation_checkpointing = args.gradient_checkpointing = False
 
     def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
         """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
