@@ -14,7 +14,7 @@ from .encoding import (
     uncropped_conditioning,
 )
 from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
-from .prompts import PromptTable, encode_prompt_table
+from .prompts import PromptTable, cut_prompts, encode_prompt_table, truncation_report
 
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "column_names",
     "conditioning_of",
     "corrupt_pairs",
+    "cut_prompts",
     "dataset_fingerprint",
     "drop_prompts",
     "encode_rows",
@@ -39,5 +40,6 @@ __all__ = [
     "pair_conditioning",
     "pair_latents",
     "stream_rows",
+    "truncation_report",
     "uncropped_conditioning",
 ]

@@ -1,5 +1,6 @@
 """Encodes a data set's images once, to latent posteriors, in `datasets`' cache; and streams the same."""
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,10 @@ from ..fingerprint import weights_fingerprint
 from .arrays import array_features
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
 from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .prompts import truncation_report, without_truncation_messages
 
+
+logger = logging.getLogger(__name__)
 
 CONDITIONING_PREFIX = "conditioning/"
 # Part of the cache's key: raise it when encoded values change for the same inputs.
@@ -87,6 +91,7 @@ class _RowEncoder:
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
+        self._reported_truncation = False
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
@@ -115,9 +120,18 @@ class _RowEncoder:
                 values = torch.stack([row.conditioning[index][name] for row in prepared])
                 encoded[image_conditioning_prefix(column) + name] = values.cpu().numpy()
         if self.with_prompts:
-            conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
+            self._report_truncation(batch["prompt"])
+            with without_truncation_messages(self.pipeline):
+                conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
             encoded |= {CONDITIONING_PREFIX + name: tensor.cpu().numpy() for name, tensor in conditioning.items()}
         return encoded
+
+    def _report_truncation(self, prompts: list[str]) -> None:
+        """Once: how many are to come, nobody knows."""
+        report = None if self._reported_truncation else truncation_report(prompts, self.pipeline, self.family)
+        if report:
+            logger.warning("%s is streamed, and so far: %s", self.what, report)
+            self._reported_truncation = True
 
     def _prepare_images(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
         rng = np.random.default_rng([self.options.seed, row])

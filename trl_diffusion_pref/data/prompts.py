@@ -1,7 +1,9 @@
 """Prompt embeddings, computed once per distinct prompt and kept on disk."""
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +114,62 @@ def encode_prompt_table(
         parts = [unconditional] * ("" in batch["prompt"]) + [encoded] * bool(texts)
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in unconditional}
 
-    table = Dataset.from_dict({"prompt": distinct}).map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        features=array_features({name: tensor[0].shape for name, tensor in unconditional.items()}, prompt="string"),
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
-        desc="Encoding prompts",
-    )
+    shapes = {name: tensor[0].shape for name, tensor in unconditional.items()}
+    with without_truncation_messages(pipeline):
+        table = Dataset.from_dict({"prompt": distinct}).map(
+            encode,
+            batched=True,
+            batch_size=batch_size,
+            features=array_features(shapes, prompt="string"),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
+            desc="Encoding prompts",
+        )
     return PromptTable(table)
+
+
+def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Family) -> dict[str, tuple[int, int]]:
+    """How many of the prompts are longer than a tokenizer's limit, and that limit, by the tokenizer's attribute.
+
+    Tokenizers that cut none are left out.
+    """
+    texts = [family.tokenized_text(pipeline, prompt) for prompt in prompts]
+    cut = {}
+    for name, limit in family.token_limits(pipeline).items():
+        tokens = getattr(pipeline, name)(texts, verbose=False)["input_ids"] if texts else []
+        count = sum(len(row) > limit for row in tokens)
+        if count:
+            cut[name] = (count, limit)
+    return cut
+
+
+def truncation_report(prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family) -> str | None:
+    """A sentence on the distinct prompts that `cut_prompts` counts; None where there are none."""
+    distinct = list(dict.fromkeys(prompts))
+    cut = cut_prompts(distinct, pipeline, family)
+    if not cut:
+        return None
+    counts = ", ".join(f"{count} at the {limit} tokens of {name}" for name, (count, limit) in cut.items())
+    return (
+        f"Of {len(distinct)} distinct prompts some are too long and are cut: {counts}. What stands beyond is not "
+        "read there, in training as in sampling; shorten them if it matters."
+    )
+
+
+@contextmanager
+def without_truncation_messages(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Keeps diffusers and transformers from naming each prompt that is cut; `truncation_report` counts them."""
+    names = {kind.__module__ for kind in type(pipeline).__mro__ if kind.__module__.startswith("diffusers.")}
+    loggers = [logging.getLogger(name) for name in (*names, PreTrainedTokenizerBase.__module__)]
+    for logger in loggers:
+        logger.addFilter(_says_something_else)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_says_something_else)
+
+
+def _says_something_else(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "was truncated because" not in message and "Token indices sequence length" not in message

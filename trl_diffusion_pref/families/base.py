@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,21 @@ class Family(ABC):
             As `encode_prompts` of one prompt, `(1, ...)`. Default: the empty prompt's.
         """
         return self.encode_prompts(pipeline, [""])
+
+    def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
+        """The most tokens of a prompt that are read, special ones included, by the tokenizer's attribute.
+
+        Default: what each tokenizer says of itself.
+        """
+        return {
+            name: part.model_max_length
+            for name, part in pipeline.components.items()
+            if isinstance(part, PreTrainedTokenizerBase)
+        }
+
+    def tokenized_text(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """What the pipeline gives its tokenizers for a prompt. Default: the prompt itself."""
+        return prompt
 
     def image_conditioning(
         self,

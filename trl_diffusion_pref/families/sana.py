@@ -42,6 +42,19 @@ class SanaFamily(Family):
             )
         return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
 
+    def token_limits(self, pipeline: SanaPipeline) -> dict[str, int]:
+        # As the pipeline counts: of the instruction all, of the prompt so many.
+        instruction = len(pipeline.tokenizer.encode(self._instruction(pipeline)))
+        return {"tokenizer": instruction + call_default(pipeline, "max_sequence_length") - 2}
+
+    def tokenized_text(self, pipeline: SanaPipeline, prompt: str) -> str:
+        clean_caption = call_default(pipeline, "clean_caption")
+        return self._instruction(pipeline) + pipeline._text_preprocessing(prompt, clean_caption=clean_caption)[0]
+
+    @staticmethod
+    def _instruction(pipeline: SanaPipeline) -> str:
+        return "\n".join(call_default(pipeline, "complex_human_instruction"))
+
     def encode_images(self, pipeline: SanaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = encode_finite(
             pipeline.vae, pixels, lambda output: (output.latent, torch.zeros_like(output.latent))

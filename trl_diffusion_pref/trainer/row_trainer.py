@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
@@ -15,10 +16,14 @@ from ..data import (
     encode_rows,
     latent_columns,
     stream_rows,
+    truncation_report,
 )
 from ..randomness import EVALUATION, TRAINING
 from .base_config import DiffusionPreferenceConfig
 from .base_trainer import DiffusionPreferenceTrainer
+
+
+logger = get_logger(__name__)
 
 
 class RowTrainer(DiffusionPreferenceTrainer):
@@ -43,6 +48,9 @@ class RowTrainer(DiffusionPreferenceTrainer):
             prompts = [prompt for prompt in prompts if prompt not in self.prompt_table]
             if not prompts:
                 return
+        report = truncation_report(prompts, self.pipeline, self.family)
+        if report:
+            logger.warning(report)
         table = encode_prompt_table(
             prompts,
             self.pipeline,
