@@ -14,7 +14,7 @@ from .encoding import (
     uncropped_conditioning,
 )
 from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
-from .prompts import PromptTable, cut_prompts, encode_prompt_table, truncation_report
+from .prompts import PromptTable, cut_prompts, encode_prompt_table, text_fingerprint, truncation_report
 
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "pair_conditioning",
     "pair_latents",
     "stream_rows",
+    "text_fingerprint",
     "truncation_report",
     "uncropped_conditioning",
 ]

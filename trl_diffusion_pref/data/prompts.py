@@ -53,7 +53,7 @@ class PromptTable:
         return {name: torch.as_tensor(batch[name]) for name in self.names}
 
 
-def _text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
+def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
     """Of all that `encode_prompts` depends on: encoders, tokenizers, and how pipeline and denoiser are configured."""
     own = set(pipeline.config) - set(pipeline.components)
     configs = [
@@ -105,7 +105,7 @@ def encode_prompt_table(
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
-    fingerprint = Hasher.hash([_PROMPTS_VERSION, _text_fingerprint(pipeline, family), distinct])
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, text_fingerprint(pipeline, family), distinct])
 
     def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
         texts = [prompt for prompt in batch["prompt"] if prompt]

@@ -16,6 +16,7 @@ from ..data import (
     encode_rows,
     latent_columns,
     stream_rows,
+    text_fingerprint,
     truncation_report,
 )
 from ..randomness import EVALUATION, TRAINING
@@ -31,6 +32,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
 
     image_columns: tuple[str, ...] = ()
     prompt_table: PromptTable | None = None
+    # Of what prompts are encoded with, for numbers that are kept from one run to the next.
+    text_fingerprint: str = ""
     # Step, and how many of its samples have been drawn for, since the micro-batches of a step share its count.
     _drawn: tuple[int, int] = (-1, 0)
 
@@ -40,6 +43,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
         check_columns(dataset, what, ("prompt", *self.image_columns))
 
     def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        if not self.text_fingerprint:
+            self.text_fingerprint = text_fingerprint(self.pipeline, self.family)
         prompts: list[Any] = []
         for dataset in self._all_datasets(train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
