@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .families import Family, family_for
+from .families import Family
 from .version import __version__
 
 
@@ -82,6 +82,8 @@ def export_lora(
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors` from the model's active adapter, loadable by `load_lora_weights`.
 
+    For pipelines without that method, what `PeftModel.from_pretrained` reads; see `Family.lora_format`.
+
     The adapter's configuration goes into the file's metadata. Without it diffusers guesses the rank from the weights,
     takes `lora_alpha` to equal it, and scales the LoRA wrongly whenever it does not.
     """
@@ -118,16 +120,15 @@ def check_exportable(config: LoraConfig) -> None:
         )
 
 
-_OUTPUTS = {"image": "images[0]", "video": "frames[0]", "audio": "audios[0]"}
+_OUTPUTS = {"image": "images", "video": "frames", "audio": "audios"}
 
 
-def _sampling_with_guidance(pipeline: DiffusionPipeline) -> str:
+def _sampling_with_guidance(pipeline: DiffusionPipeline, family: Family) -> str:
     """The line of a negative model's card that samples, with guidance on."""
-    modality = family_for(pipeline).modality
     # Where guidance_scale is an input of the denoiser, guidance itself has another name.
     true_guidance = "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters
     options = 'true_cfg_scale=4.0, negative_prompt=" "' if true_guidance else "guidance_scale=5.0"
-    return f'{modality} = pipeline("your prompt", {options}).{_OUTPUTS[modality]}'
+    return f'{family.modality} = pipeline("your prompt", {options}).{_OUTPUTS[family.modality]}[0]'
 
 
 def write_model_card(
@@ -137,6 +138,7 @@ def write_model_card(
     negative: bool,
     paper: dict[str, str],
     pipeline: DiffusionPipeline,
+    family: Family,
     base_model: str | None,
     base_fingerprint: str,
     lora: bool,
@@ -153,13 +155,14 @@ def write_model_card(
         base_model: Hub id, or None where the base came from a folder that others do not have.
         options: What was trained with, shown as a table.
     """
+    task = f"text-to-{family.modality}"
     data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         datasets=dataset_name,
         model_name=model_name,
-        tags=sorted({"text-to-image", *(["lora"] if lora else []), *tags}),
+        tags=sorted({task, *(["lora"] if lora else []), *tags}),
     )
     card = ModelCard.from_template(
         card_data=data,
@@ -172,10 +175,20 @@ def write_model_card(
         base=base_model,
         base_fingerprint=base_fingerprint,
         lora=lora,
+        lora_format=family.lora_format,
+        denoiser=family.denoiser_name,
+        sample=family.modality,
+        samples=_OUTPUTS[family.modality],
+        guided_sample=_sampling_with_guidance(pipeline, family),
+        # diffusers wants to be told again what a pipeline goes without.
+        absent="".join(
+            f", {name}=None"
+            for name, component in pipeline.components.items()
+            if component is None and name.startswith(("text_encoder", "tokenizer"))
+        ),
         repo_id=repo_id or model_name or folder.name,
         dataset=dataset_name,
         options=options,
-        sample=_sampling_with_guidance(pipeline),
         versions={
             "trl_diffusion_pref": __version__,
             "trl": trl.__version__,

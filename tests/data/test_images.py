@@ -6,7 +6,7 @@ import torch
 from conftest import png
 from PIL import Image
 
-from trl_diffusion_pref.data.images import ImageProblem, decode_image, prepare_image
+from trl_diffusion_pref.data.images import ImageProblem, crop_top_left, decode_image, prepare_image
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -45,6 +45,16 @@ def test_crop_place_is_relative(place):
     cut = prepare_image(gradient(60, 20), 20, place, False)
     expected = gradient(60, 20).crop((round(40 * place[0]), 0, round(40 * place[0]) + 20, 20))
     assert torch.equal(cut, prepare_image(expected, 20, (0.5, 0.5), False))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("size", "place"), [((52, 20), (0.25, 0.5)), ((20, 52), (0.5, 0.75)), ((20, 20), (0.3, 0.3))])
+def test_the_crop_is_told_as_it_lies_in_the_picture_that_is_seen(size, place, flip):
+    pixels = prepare_image(gradient(*size), 20, place, flip)
+    top, left = crop_top_left(size, 20, place, flip)
+    seen = gradient(*size).transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else gradient(*size)
+    expected = prepare_image(seen.crop((left, top, left + 20, top + 20)), 20, (0.5, 0.5), False)
+    assert torch.equal(pixels, expected)
 
 
 def test_flip_mirrors_left_to_right():

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from trl_diffusion_pref.families import Family, family_for, supported_pipelines
+from trl_diffusion_pref.guidance.halves import take_half
 from trl_diffusion_pref.hub import export_lora
 from trl_diffusion_pref.noise import ContinuousVariancePreserving, RectifiedFlow, VariancePreserving, noise_process
 
@@ -132,6 +133,35 @@ def test_predict_calls_the_denoiser_as_the_pipeline_does(name, prompts, dtype):
         assert prediction.shape == x_t.shape
         expected = case.unpack(pipeline, their_output)
         torch.testing.assert_close(prediction, expected[:, : x_t.shape[1]])
+
+
+@every_family
+def test_the_unconditional_prompt_is_the_sampler_s(name):
+    case, pipeline = tiny.CASES[name], tiny.build(name)
+    family = family_for(pipeline)
+    recorder = Recorder(family.denoiser(pipeline))
+    # AudioLDM 2's pads it to the length of the prompt beside it, and its language model counts padding.
+    prompts = [""] if name == "audioldm2" else PROMPTS[:1]
+    guided = {"guidance_scale": 3.0}
+    if name in tiny.TRUE_GUIDANCE:
+        # Without any negative prompt these draw without guidance.
+        guided = {"true_cfg_scale": 3.0, "negative_prompt": ""}
+    sample(pipeline, name, prompts, **guided)
+    first, second = recorder.calls[:2]
+    latents = "sample" if family.denoiser_name == "unet" else "hidden_states"
+    batch = len(first[latents])
+    # In one call on [negative; positive], or in a second one.
+    theirs = second
+    if batch == 2:
+        # Rotations belong to positions, however many there are.
+        theirs = {key: value if "rotary" in key else take_half(value, 0, batch) for key, value in first.items()}
+
+    conditioning = conditioning_for(family, pipeline, name, [""]) | family.encode_unconditional(pipeline)
+    conditioning |= {key: torch.full_like(conditioning[key], value) for key, value in case.conditioning.items()}
+    time = theirs["timestep"].reshape(-1)[:1] if family.denoiser_name == "unet" else pipeline.scheduler.timesteps[:1]
+    with torch.no_grad():
+        family.predict(family.denoiser(pipeline), case.unpack(pipeline, theirs[latents]), time, conditioning)
+    assert_same_arguments(recorder.calls[-1], theirs)
 
 
 @every_family

@@ -673,6 +673,8 @@ CASES = {
     "audioldm2": Case(build_audioldm2, prediction_type="epsilon", size=(), waveform=(1, 2560)),
 }
 
+# Where guidance is switched on in another way than by `guidance_scale`.
+TRUE_GUIDANCE = ("flux_dev", "flux_schnell", "qwen_image")
 VIDEO_CASES = [name for name, case in CASES.items() if case.frames is not None]
 IMAGE_CASES = [name for name, case in CASES.items() if case.size and case.frames is None]
 

@@ -18,8 +18,6 @@ from trl_diffusion_pref.guidance.sources import denoiser_name  # noqa: E402
 
 SCALE = 3.0
 PROMPTS = ["a red circle", "a blue ring on a green ground, far away"]
-# Where guidance is switched on in another way than by `guidance_scale`.
-TRUE_GUIDANCE = ("flux_dev", "flux_schnell", "qwen_image")
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +28,7 @@ def stable_audio_s_sampler_without_noise(monkeypatch):
 
 def sample(pipeline, name: str, scale: float) -> torch.Tensor:
     case = tiny.CASES[name]
-    key = "true_cfg_scale" if name in TRUE_GUIDANCE else "guidance_scale"
+    key = "true_cfg_scale" if name in tiny.TRUE_GUIDANCE else "guidance_scale"
     size = dict(zip(("height", "width"), case.size, strict=False))
     options = {"num_inference_steps": 2, "output_type": "latent", **size, **case.call, key: scale}
     if scale != 1.0:

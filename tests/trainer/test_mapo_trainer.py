@@ -9,6 +9,7 @@ from datasets import IterableDataset
 from peft import LoraConfig
 
 from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_pref.losses import mapo_loss
 from trl_diffusion_pref.randomness import TRAINING, generator_for
 from trl_diffusion_pref.shapes import preference_pairs
@@ -134,6 +135,21 @@ def test_gradient_checkpointing_changes_nothing(lora, pairs, config):
         weights.append(weights_of(pipeline.unet))
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_denoiser_that_cannot_checkpoint_trains_without_unless_it_was_asked_for(pairs, config, monkeypatch, caplog):
+    monkeypatch.setattr(StableDiffusionFamily, "gradient_checkpointing", False)
+    pipeline = build_tiny_pipeline()
+    with pytest.raises(ValueError, match="unet of StableDiffusionPipeline .* Set activation_checkpointing=False"):
+        MaPOTrainer(pipeline, config(activation_checkpointing=True), pairs)
+    cfg = config(activation_checkpointing=None)
+    assert cfg.activation_checkpointing
+    MaPOTrainer(pipeline, cfg, pairs).train()
+    assert not pipeline.unet.is_gradient_checkpointing
+    said = [record for record in caplog.records if "activation checkpointing" in record.getMessage()]
+    assert len(said) == 1
+    # the caller's own config still says what it said
+    assert cfg.activation_checkpointing
 
 
 def test_accumulating_four_batches_of_one_equals_one_batch_of_four(pairs, config):

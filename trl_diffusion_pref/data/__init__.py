@@ -6,13 +6,15 @@ from .encoding import (
     CONDITIONING_PREFIX,
     EncodingOptions,
     encode_rows,
+    image_conditioning_prefix,
     latent_columns,
     latent_shape,
     on_device,
     stream_rows,
+    uncropped_conditioning,
 )
-from .noisy import NoisyPairs, corrupt_pairs, pair_conditioning, pair_latents
-from .prompts import PromptTable, encode_prompt_table
+from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
+from .prompts import PromptTable, cut_prompts, encode_prompt_table, text_fingerprint, truncation_report
 
 
 __all__ = [
@@ -26,13 +28,19 @@ __all__ = [
     "column_names",
     "conditioning_of",
     "corrupt_pairs",
+    "cut_prompts",
     "dataset_fingerprint",
+    "drop_prompts",
     "encode_rows",
     "encode_prompt_table",
+    "image_conditioning_prefix",
     "latent_columns",
     "latent_shape",
     "on_device",
     "pair_conditioning",
     "pair_latents",
     "stream_rows",
+    "text_fingerprint",
+    "truncation_report",
+    "uncropped_conditioning",
 ]

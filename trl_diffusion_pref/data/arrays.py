@@ -9,11 +9,13 @@ _BY_DIMENSIONS = {2: Array2D, 3: Array3D, 4: Array4D, 5: Array5D}
 
 
 def array_features(shapes: Mapping[str, tuple[int, ...]], **scalars: str) -> Features:
-    """Features with one float32 array column per shape and one scalar column per dtype name."""
+    """Features with one float32 column per shape, `()` included, and one scalar column per dtype name."""
     columns = {name: Value(dtype) for name, dtype in scalars.items()}
     for name, shape in shapes.items():
         shape = tuple(shape)
-        if len(shape) == 1:
+        if not shape:
+            columns[name] = Value("float32")
+        elif len(shape) == 1:
             columns[name] = List(Value("float32"), length=shape[0])
         else:
             columns[name] = _BY_DIMENSIONS[len(shape)](shape=shape, dtype="float32")

@@ -1,5 +1,6 @@
 """Encodes a data set's images once, to latent posteriors, in `datasets`' cache; and streams the same."""
 
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,20 @@ from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
-from .images import ImageProblem, decode_image, prepare_image
+from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .prompts import truncation_report, without_truncation_messages
 
+
+logger = logging.getLogger(__name__)
 
 CONDITIONING_PREFIX = "conditioning/"
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_ENCODING_VERSION = 1
+_ENCODING_VERSION = 2
+
+
+def image_conditioning_prefix(column: str) -> str:
+    """What the columns with the conditioning of an image column's images begin with."""
+    return f"{column}_{CONDITIONING_PREFIX}"
 
 
 def latent_columns(image_columns: tuple[str, ...]) -> tuple[str, ...]:
@@ -82,6 +91,7 @@ class _RowEncoder:
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
+        self._reported_truncation = False
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
@@ -89,29 +99,41 @@ class _RowEncoder:
         with ThreadPoolExecutor(max_workers=4) as pool:
             cells = [batch[column] for column in self.options.image_columns]
             prepared = list(pool.map(self._prepare_images, rows, zip(*cells, strict=True))) if cells else []
-        raise_row_problems([problem for problems, _ in prepared for problem in problems], self.what)
+        raise_row_problems([problem for row in prepared for problem in row.problems], self.what)
         encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
         encoded |= {name: batch[name] for name in self.extra_columns}
         for index, column in enumerate(self.options.image_columns):
-            pixels = torch.stack([images[index] for _, images in prepared])
+            pixels = torch.stack([row.images[index] for row in prepared])
             mean, std = self.family.encode_images(self.pipeline, pixels)
             finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
             raise_row_problems(
                 [
-                    f"row {row}, column '{column}': the VAE gives NaN or infinity in {self.pipeline.vae.dtype}; "
-                    "load it in float32"
+                    f"row {row}, column '{column}': the {type(self.pipeline.vae).__name__} gives NaN or infinity, in "
+                    "float32 too, so its weights are damaged; load it anew"
                     for row, good in zip(rows, finite, strict=True)
                     if not good
                 ],
                 self.what,
             )
             encoded[f"{column}_mean"], encoded[f"{column}_std"] = mean.cpu().numpy(), std.cpu().numpy()
+            for name in prepared[0].conditioning[index]:
+                values = torch.stack([row.conditioning[index][name] for row in prepared])
+                encoded[image_conditioning_prefix(column) + name] = values.cpu().numpy()
         if self.with_prompts:
-            conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
+            self._report_truncation(batch["prompt"])
+            with without_truncation_messages(self.pipeline):
+                conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
             encoded |= {CONDITIONING_PREFIX + name: tensor.cpu().numpy() for name, tensor in conditioning.items()}
         return encoded
 
-    def _prepare_images(self, row: int, cells: tuple[Any, ...]) -> tuple[list[str], list[torch.Tensor]]:
+    def _report_truncation(self, prompts: list[str]) -> None:
+        """Once: how many are to come, nobody knows."""
+        report = None if self._reported_truncation else truncation_report(prompts, self.pipeline, self.family)
+        if report:
+            logger.warning("%s is streamed, and so far: %s", self.what, report)
+            self._reported_truncation = True
+
+    def _prepare_images(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
         rng = np.random.default_rng([self.options.seed, row])
         crop_at = tuple(rng.random(2)) if self.options.crop == "random" else (0.5, 0.5)
         flip = self.options.random_flip and bool(rng.random() < 0.5)
@@ -125,8 +147,30 @@ class _RowEncoder:
             names = " and ".join(repr(column) for column in self.options.image_columns)
             problems.append(f"row {row}, columns {names}: the same image, so there is no preference")
         if problems:
-            return problems, []
-        return problems, [prepare_image(image, self.options.resolution, crop_at, flip) for image in images]
+            return _PreparedRow(problems, [], [])
+        resolution = self.options.resolution
+        return _PreparedRow(
+            problems,
+            [prepare_image(image, resolution, crop_at, flip) for image in images],
+            [
+                self.family.image_conditioning(
+                    self.pipeline,
+                    (image.height, image.width),
+                    crop_top_left(image.size, resolution, crop_at, flip),
+                    (resolution, resolution),
+                )
+                for image in images
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class _PreparedRow:
+    """One row's images `(3, resolution, resolution)` and their conditioning; only problems where there are any."""
+
+    problems: list[str]
+    images: list[torch.Tensor]
+    conditioning: list[dict[str, torch.Tensor]]
 
 
 def _same(one: PILImage.Image, other: PILImage.Image) -> bool:
@@ -168,12 +212,20 @@ def latent_shape(pipeline: DiffusionPipeline, family: Family, resolution: int) -
     return tuple(mean.shape[1:])
 
 
-def _latent_shapes(
-    pipeline: DiffusionPipeline, family: Family, options: EncodingOptions
-) -> dict[str, tuple[int, ...]]:
+def uncropped_conditioning(pipeline: DiffusionPipeline, family: Family, resolution: int) -> dict[str, torch.Tensor]:
+    """`Family.image_conditioning` of a square image that was neither resized nor cropped."""
+    size = (resolution, resolution)
+    return family.image_conditioning(pipeline, size, (0, 0), size)
+
+
+def _image_shapes(pipeline: DiffusionPipeline, family: Family, options: EncodingOptions) -> dict[str, tuple[int, ...]]:
+    """Shapes of the columns that encoding makes of the image columns."""
     if not options.image_columns:
         return {}
-    return dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, options.resolution))
+    shapes = dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, options.resolution))
+    for name, tensor in uncropped_conditioning(pipeline, family, options.resolution).items():
+        shapes |= {image_conditioning_prefix(column) + name: tuple(tensor.shape) for column in options.image_columns}
+    return shapes
 
 
 def encode_rows(
@@ -202,7 +254,8 @@ def encode_rows(
 
     Returns:
         Data set of the same length with `prompt` (str), `row` (int64), `latent_columns(options.image_columns)`
-        (float32 arrays) and the extra columns.
+        (float32 arrays), what `Family.image_conditioning` gives for each image, in columns that begin with
+        `image_conditioning_prefix`, and the extra columns.
 
     Raises:
         ValueError: A row cannot be used; the message names row and column. The cache then holds nothing.
@@ -216,7 +269,7 @@ def encode_rows(
     # Without random crops and flips the seed plays no part.
     used = options if options.crop == "random" or options.random_flip else replace(options, seed=0)
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used)])
-    shapes = _latent_shapes(pipeline, family, options)
+    shapes = _image_shapes(pipeline, family, options)
     encoded = undecoded.map(
         _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
         batched=True,
@@ -241,12 +294,12 @@ def stream_rows(
     batch_size: int,
     extra_columns: tuple[str, ...] = (),
 ) -> IterableDataset:
-    """Like `encode_pairs` for a streamed data set: encodes whenever rows are read, so the encoders must stay in place.
+    """Like `encode_rows` for a streamed data set: encodes whenever rows are read, so the encoders must stay in place.
 
     Rows carry their prompt's conditioning too, in columns that begin with `CONDITIONING_PREFIX`.
     """
-    shapes = _latent_shapes(pipeline, family, options)
-    for name, tensor in family.encode_prompts(pipeline, [""]).items():
+    shapes = _image_shapes(pipeline, family, options)
+    for name, tensor in family.encode_unconditional(pipeline).items():
         shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
     encoded = _undecoded(dataset, options.image_columns, extra_columns).map(
         _RowEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),

@@ -63,6 +63,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _placed(
+    size: tuple[int, int], resolution: int, crop_at: tuple[float, float]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Width and height of the resized image, and left and top of the square in it."""
+    scale = resolution / min(size)
+    width, height = (max(resolution, round(side * scale)) for side in size)
+    return (width, height), (round((width - resolution) * crop_at[0]), round((height - resolution) * crop_at[1]))
+
+
+def crop_top_left(size: tuple[int, int], resolution: int, crop_at: tuple[float, float], flip: bool) -> tuple[int, int]:
+    """Where `prepare_image` cuts the square, for models that are told.
+
+    Args:
+        size: Width and height of the image before it is resized.
+        resolution, crop_at, flip: As in `prepare_image`.
+
+    Returns:
+        (top, left) in pixels of the resized image; of a mirrored one, as if it had been mirrored before the cut, since
+        that is the picture the model sees.
+    """
+    (width, _), (left, top) = _placed(size, resolution, crop_at)
+    return top, width - resolution - left if flip else left
+
+
 def prepare_image(image: Image.Image, resolution: int, crop_at: tuple[float, float], flip: bool) -> Tensor:
     """Scales the short side to `resolution`, cuts a square, optionally mirrors it.
 
@@ -76,11 +100,9 @@ def prepare_image(image: Image.Image, resolution: int, crop_at: tuple[float, flo
     Returns:
         `(3, resolution, resolution)` float32 in [-1, 1].
     """
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    (width, height), (left, top) = _placed(image.size, resolution, crop_at)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round((width - resolution) * crop_at[0]), round((height - resolution) * crop_at[1])
     image = image.crop((left, top, left + resolution, top + resolution))
     if flip:
         image = ImageOps.mirror(image)

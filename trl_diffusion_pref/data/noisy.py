@@ -43,7 +43,8 @@ def corrupt_pairs(
         draws: Of the same B pairs.
         sample_posterior: Whether latents are drawn from the VAE's posterior or its mean is taken.
         prompt_dropout: Share of pairs that get the empty prompt, decided by `draws.uniform`.
-        empty_prompt: Its conditioning `(1, ...)`; needed where prompts are dropped.
+        empty_prompt: Its conditioning `(1, ...)`; needed where prompts are dropped. What is not in it, an image's own
+            conditioning, stays.
     """
     x0 = pair_latents(batch, draws.posterior_noise if sample_posterior else None)
     noise = draws.noise.repeat(2, *[1] * (draws.noise.ndim - 1))
@@ -51,11 +52,23 @@ def corrupt_pairs(
     conditioning = pair_conditioning(batch)
     if prompt_dropout:
         dropped = (draws.uniform < prompt_dropout).repeat(2)
-        conditioning = {
-            name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), empty_prompt[name].to(tensor), tensor)
-            for name, tensor in conditioning.items()
-        }
+        conditioning = drop_prompts(conditioning, dropped, empty_prompt)
     return NoisyPairs(process.corrupt(x0, noise, t), process.model_time(t), process.target(x0, noise, t), conditioning)
+
+
+def drop_prompts(
+    conditioning: dict[str, Tensor], dropped: Tensor, empty_prompt: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Conditioning `(B, ...)` with the empty prompt's, `(1, ...)`, in the rows where `dropped`, `(B,)`, is set.
+
+    What the empty prompt does not have is an image's own, and stays.
+    """
+    return {
+        name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), empty_prompt[name].to(tensor), tensor)
+        if name in empty_prompt
+        else tensor
+        for name, tensor in conditioning.items()
+    }
 
 
 def pair_latents(batch: dict[str, Tensor], posterior_noise: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -68,5 +81,6 @@ def pair_latents(batch: dict[str, Tensor], posterior_noise: tuple[Tensor, Tensor
 
 
 def pair_conditioning(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Conditioning `(2B, ...)` of a batch, each pair's for both of its images."""
-    return {name: torch.cat([tensor] * 2) for name, tensor in conditioning_of(batch).items()}
+    """Conditioning `(2B, ...)` of a batch: the pair's prompt for both images, and what is each image's own."""
+    chosen, rejected = (conditioning_of(batch, column) for column in ("chosen", "rejected"))
+    return {name: torch.cat([tensor, rejected[name]]) for name, tensor in chosen.items()}

@@ -1,18 +1,27 @@
 """Prompt embeddings, computed once per distinct prompt and kept on disk."""
 
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
+
+
+# Part of the cache's key: raise it when encoded values change for the same inputs.
+_PROMPTS_VERSION = 2
 
 
 class PromptTable:
@@ -44,37 +53,123 @@ class PromptTable:
         return {name: torch.as_tensor(batch[name]) for name in self.names}
 
 
+def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
+    """Of all that `encode_prompts` depends on: encoders, tokenizers, and how pipeline and denoiser are configured."""
+    own = set(pipeline.config) - set(pipeline.components)
+    configs = [
+        {key: value for key, value in config.items() if not key.startswith("_")}
+        for config in ({key: pipeline.config[key] for key in own}, family.denoiser(pipeline).config)
+    ]
+    return Hasher.hash(
+        [
+            family.pipeline_class,
+            [weights_fingerprint(module) for module in family.encoders(pipeline)],
+            [
+                _tokenizer_description(part)
+                for part in pipeline.components.values()
+                if isinstance(part, PreTrainedTokenizerBase)
+            ],
+            json.dumps(configs, sort_keys=True, default=str),
+        ]
+    )
+
+
+def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Vocabulary, merges and what else decides a text's tokens."""
+    described: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "length": tokenizer.model_max_length,
+        "side": [tokenizer.padding_side, tokenizer.truncation_side],
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        described |= json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call asked for, not part of the tokenizer.
+        described["truncation"] = described["padding"] = None
+    else:
+        described["vocabulary"] = tokenizer.get_vocab()
+    return json.dumps(described, sort_keys=True, default=str)
+
+
 def encode_prompt_table(
     prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family, *, cache_folder: Path, batch_size: int
 ) -> PromptTable:
-    """Encodes the distinct prompts and the empty one, or finds them in the cache.
+    """Encodes the distinct prompts, or finds them in the cache. The empty one is `Family.encode_unconditional`.
 
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Holds one Arrow file per (text encoders, set of prompts).
+        cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, set of prompts.
     """
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
-    encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
-    tokenizers = [
-        part.get_vocab() for part in pipeline.components.values() if isinstance(part, PreTrainedTokenizerBase)
-    ]
-    fingerprint = Hasher.hash([family.pipeline_class, encoders, Hasher.hash(tokenizers), distinct])
-    probe = family.encode_prompts(pipeline, [""])
+    # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
+    unconditional = family.encode_unconditional(pipeline)
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, text_fingerprint(pipeline, family), distinct])
 
-    def encode(batch: dict[str, list]) -> dict:
-        return {
-            name: tensor.cpu().numpy() for name, tensor in family.encode_prompts(pipeline, batch["prompt"]).items()
-        }
+    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
+        texts = [prompt for prompt in batch["prompt"] if prompt]
+        encoded = family.encode_prompts(pipeline, texts) if texts else {}
+        # Only the very first row is the empty prompt.
+        parts = [unconditional] * ("" in batch["prompt"]) + [encoded] * bool(texts)
+        return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in unconditional}
 
-    table = Dataset.from_dict({"prompt": distinct}).map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        features=array_features({name: tensor[0].shape for name, tensor in probe.items()}, prompt="string"),
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
-        desc="Encoding prompts",
-    )
+    shapes = {name: tensor[0].shape for name, tensor in unconditional.items()}
+    with without_truncation_messages(pipeline):
+        table = Dataset.from_dict({"prompt": distinct}).map(
+            encode,
+            batched=True,
+            batch_size=batch_size,
+            features=array_features(shapes, prompt="string"),
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
+            desc="Encoding prompts",
+        )
     return PromptTable(table)
+
+
+def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Family) -> dict[str, tuple[int, int]]:
+    """How many of the prompts are longer than a tokenizer's limit, and that limit, by the tokenizer's attribute.
+
+    Tokenizers that cut none are left out.
+    """
+    texts = [family.tokenized_text(pipeline, prompt) for prompt in prompts]
+    cut = {}
+    for name, limit in family.token_limits(pipeline).items():
+        tokens = getattr(pipeline, name)(texts, verbose=False)["input_ids"] if texts else []
+        count = sum(len(row) > limit for row in tokens)
+        if count:
+            cut[name] = (count, limit)
+    return cut
+
+
+def truncation_report(prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family) -> str | None:
+    """A sentence on the distinct prompts that `cut_prompts` counts; None where there are none."""
+    distinct = list(dict.fromkeys(prompts))
+    cut = cut_prompts(distinct, pipeline, family)
+    if not cut:
+        return None
+    counts = ", ".join(f"{count} at the {limit} tokens of {name}" for name, (count, limit) in cut.items())
+    return (
+        f"Of {len(distinct)} distinct prompts some are too long and are cut: {counts}. What stands beyond is not "
+        "read there, in training as in sampling; shorten them if it matters."
+    )
+
+
+@contextmanager
+def without_truncation_messages(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Keeps diffusers and transformers from naming each prompt that is cut; `truncation_report` counts them."""
+    names = {kind.__module__ for kind in type(pipeline).__mro__ if kind.__module__.startswith("diffusers.")}
+    loggers = [logging.getLogger(name) for name in (*names, PreTrainedTokenizerBase.__module__)]
+    for logger in loggers:
+        logger.addFilter(_says_something_else)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_says_something_else)
+
+
+def _says_something_else(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "was truncated because" not in message and "Token indices sequence length" not in message

@@ -4,6 +4,7 @@ Noise and times are fixed by the seed and the row, stratified over times and sha
 evaluations differ by the weights alone.
 """
 
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..data import (
     on_device,
     pair_conditioning,
     pair_latents,
+    truncation_report,
 )
 from ..families import Family, family_for
 from ..likelihood import estimate_elbo
@@ -31,6 +33,8 @@ from ..noise import NoiseProcess, noise_process
 from ..randomness import LIKELIHOOD, generator_for
 
 
+# Not accelerate's, which needs an accelerator to have been made.
+logger = logging.getLogger(__name__)
 _BOOTSTRAP_RESAMPLES = 2000
 
 
@@ -144,6 +148,9 @@ def preference_accuracy(
         options = EncodingOptions(resolution=resolution or family.resolution(pipeline))
         with on_device(pipeline, family, family.denoiser(pipeline).device):
             common = {"cache_folder": folder, "batch_size": batch_size}
+            report = truncation_report(dataset["prompt"], pipeline, family)
+            if report:
+                logger.warning(report)
             table = encode_prompt_table(dataset["prompt"], pipeline, family, **common)
             encoded = encode_rows(dataset, pipeline, family, options, what="dataset", **common)
         settings = {"seed": seed, "draws": draws, "sampling": sampling, "weighting": weighting, "shared": shared}

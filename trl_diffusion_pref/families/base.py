@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,29 @@ class Family(ABC):
             and `image_conditioning` does not give. Shapes do not depend on the prompts: embeddings are padded to a
             fixed length, and a mask (1: token, 0: padding) stands beside them where the denoiser takes one.
         """
+
+    def encode_unconditional(self, pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+        """What the pipeline's sampler puts on the unconditional side where the user gives no negative prompt.
+
+        Returns:
+            As `encode_prompts` of one prompt, `(1, ...)`. Default: the empty prompt's.
+        """
+        return self.encode_prompts(pipeline, [""])
+
+    def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
+        """The most tokens of a prompt that are read, special ones included, by the tokenizer's attribute.
+
+        Default: what each tokenizer says of itself.
+        """
+        return {
+            name: part.model_max_length
+            for name, part in pipeline.components.items()
+            if isinstance(part, PreTrainedTokenizerBase)
+        }
+
+    def tokenized_text(self, pipeline: DiffusionPipeline, prompt: str) -> str:
+        """What the pipeline gives its tokenizers for a prompt. Default: the prompt itself."""
+        return prompt
 
     def image_conditioning(
         self,

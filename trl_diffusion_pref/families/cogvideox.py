@@ -37,6 +37,9 @@ class CogVideoXFamily(VideoFamily):
             )
         return {"prompt_embeds": prompt_embeds.float()}
 
+    def token_limits(self, pipeline: CogVideoXPipeline) -> dict[str, int]:
+        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
+
     def encode_images(self, pipeline: CogVideoXPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.check_clips(pipeline, pixels)
         mean, std = encode_with_autoencoder_kl(pipeline.vae, pixels)

@@ -6,7 +6,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from .base import Family, encode_with_autoencoder_kl
+from .base import Family, call_default, encode_with_autoencoder_kl
 
 
 # What diffusers' Flux training examples train with (--guidance_scale).
@@ -51,6 +51,12 @@ class FluxFamily(Family):
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full((len(prompts),), TRAINING_GUIDANCE, device=prompt_embeds.device)
         return conditioning
+
+    def token_limits(self, pipeline: FluxPipeline) -> dict[str, int]:
+        return {
+            "tokenizer": pipeline.tokenizer_max_length,
+            "tokenizer_2": call_default(pipeline, "max_sequence_length"),
+        }
 
     def encode_images(self, pipeline: FluxPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encode_with_autoencoder_kl(pipeline.vae, pixels)

@@ -23,18 +23,27 @@ class PixArtSigmaFamily(PeftFormatFamily):
         return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: PixArtSigmaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        # __call__ cleans captions unless told otherwise, encode_prompt does not. Without these packages the pipeline
-        # would warn and go on without.
-        clean_caption = call_default(pipeline, "clean_caption") and is_bs4_available() and is_ftfy_available()
         with torch.no_grad():
             prompt_embeds, prompt_attention_mask, _, _ = pipeline.encode_prompt(
                 list(prompts),
                 do_classifier_free_guidance=False,
                 device=self.text_device(pipeline),
-                clean_caption=clean_caption,
+                clean_caption=self._clean_caption(pipeline),
                 max_sequence_length=call_default(pipeline, "max_sequence_length"),
             )
         return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
+
+    @staticmethod
+    def _clean_caption(pipeline: PixArtSigmaPipeline) -> bool:
+        # __call__ cleans captions unless told otherwise, encode_prompt does not. Without these packages the pipeline
+        # would warn and go on without.
+        return call_default(pipeline, "clean_caption") and is_bs4_available() and is_ftfy_available()
+
+    def token_limits(self, pipeline: PixArtSigmaPipeline) -> dict[str, int]:
+        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
+
+    def tokenized_text(self, pipeline: PixArtSigmaPipeline, prompt: str) -> str:
+        return pipeline._text_preprocessing(prompt, clean_caption=self._clean_caption(pipeline))[0]
 
     def encode_images(self, pipeline: PixArtSigmaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return encode_with_autoencoder_kl(pipeline.vae, pixels)

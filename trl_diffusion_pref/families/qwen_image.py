@@ -37,6 +37,13 @@ class QwenImageFamily(Family):
             "prompt_embeds_mask": nn.functional.pad(mask.float(), (0, padding)),
         }
 
+    def token_limits(self, pipeline: QwenImagePipeline) -> dict[str, int]:
+        # The pipeline drops the beginning of its template, and what stands beyond the length.
+        return {"tokenizer": pipeline.prompt_template_encode_start_idx + call_default(pipeline, "max_sequence_length")}
+
+    def tokenized_text(self, pipeline: QwenImagePipeline, prompt: str) -> str:
+        return pipeline.prompt_template_encode.format(prompt)
+
     def encode_images(self, pipeline: QwenImagePipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         # An image is a clip of one frame.
         mean, std = encode_with_channel_statistics(pipeline.vae, pixels.unsqueeze(2))

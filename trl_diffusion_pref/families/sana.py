@@ -22,6 +22,15 @@ class SanaFamily(Family):
         return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: SanaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return self._encode(pipeline, prompts, call_default(pipeline, "complex_human_instruction"))
+
+    def encode_unconditional(self, pipeline: SanaPipeline) -> dict[str, Tensor]:
+        """The empty prompt, without the instruction that stands before all others."""
+        return self._encode(pipeline, [""], None)
+
+    def _encode(
+        self, pipeline: SanaPipeline, prompts: Sequence[str], instruction: list[str] | None
+    ) -> dict[str, Tensor]:
         with torch.no_grad():
             prompt_embeds, prompt_attention_mask, _, _ = pipeline.encode_prompt(
                 list(prompts),
@@ -29,9 +38,22 @@ class SanaFamily(Family):
                 device=self.text_device(pipeline),
                 clean_caption=call_default(pipeline, "clean_caption"),
                 max_sequence_length=call_default(pipeline, "max_sequence_length"),
-                complex_human_instruction=call_default(pipeline, "complex_human_instruction"),
+                complex_human_instruction=instruction,
             )
         return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
+
+    def token_limits(self, pipeline: SanaPipeline) -> dict[str, int]:
+        # As the pipeline counts: of the instruction all, of the prompt so many.
+        instruction = len(pipeline.tokenizer.encode(self._instruction(pipeline)))
+        return {"tokenizer": instruction + call_default(pipeline, "max_sequence_length") - 2}
+
+    def tokenized_text(self, pipeline: SanaPipeline, prompt: str) -> str:
+        clean_caption = call_default(pipeline, "clean_caption")
+        return self._instruction(pipeline) + pipeline._text_preprocessing(prompt, clean_caption=clean_caption)[0]
+
+    @staticmethod
+    def _instruction(pipeline: SanaPipeline) -> str:
+        return "\n".join(call_default(pipeline, "complex_human_instruction"))
 
     def encode_images(self, pipeline: SanaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = encode_finite(

@@ -43,6 +43,11 @@ class StableAudioFamily(PeftFormatFamily, AudioFamily):
             "duration_embeds": torch.cat([start, end], dim=2).float(),
         }
 
+    def encode_unconditional(self, pipeline: StableAudioPipeline) -> dict[str, Tensor]:
+        """Zeros for text and duration as tokens; the duration is told once more as with every prompt."""
+        encoded = self.encode_prompts(pipeline, [""])
+        return {**encoded, "prompt_embeds": torch.zeros_like(encoded["prompt_embeds"])}
+
     def encode_images(self, pipeline: StableAudioPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.check_waveforms(pipeline, pixels)
         return encode_finite(pipeline.vae, pixels, lambda output: (output.latent_dist.mean, output.latent_dist.std))

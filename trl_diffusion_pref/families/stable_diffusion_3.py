@@ -54,6 +54,11 @@ class StableDiffusion3Family(Family):
                 prompt_embeds = torch.cat([nn.functional.pad(clip_embeds, (0, missing)), t5_embeds], dim=-2)
         return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled_prompt_embeds.float()}
 
+    def token_limits(self, pipeline: StableDiffusion3Pipeline) -> dict[str, int]:
+        clip, t5 = pipeline.tokenizer_max_length, call_default(pipeline, "max_sequence_length")
+        limits = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
+        return {name: limit for name, limit in limits.items() if getattr(pipeline, name) is not None}
+
     @staticmethod
     def _clip_embeds(
         pipeline: StableDiffusion3Pipeline, prompts: list[str], device: torch.device

@@ -31,6 +31,13 @@ class StableDiffusionXLFamily(Family):
             )
         return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled_prompt_embeds.float()}
 
+    def encode_unconditional(self, pipeline: StableDiffusionXLPipeline) -> dict[str, Tensor]:
+        """Zeros where the pipeline's config says so (`force_zeros_for_empty_prompt`), as SDXL's does."""
+        encoded = self.encode_prompts(pipeline, [""])
+        if not pipeline.config.force_zeros_for_empty_prompt:
+            return encoded
+        return {name: torch.zeros_like(tensor) for name, tensor in encoded.items()}
+
     def image_conditioning(
         self,
         pipeline: StableDiffusionXLPipeline,

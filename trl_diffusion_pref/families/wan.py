@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from .base import VideoFamily, call_default, encode_with_channel_statistics
@@ -48,6 +49,12 @@ class WanFamily(VideoFamily):
                 device=self.text_device(pipeline),
             )
         return {"prompt_embeds": prompt_embeds.float()}
+
+    def token_limits(self, pipeline: WanPipeline) -> dict[str, int]:
+        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
+
+    def tokenized_text(self, pipeline: WanPipeline, prompt: str) -> str:
+        return prompt_clean(prompt)
 
     def encode_images(self, pipeline: WanPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.check_clips(pipeline, pixels)

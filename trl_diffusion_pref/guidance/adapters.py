@@ -5,7 +5,8 @@ from typing import Any
 
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline
-from peft import get_peft_model_state_dict
+from diffusers.loaders.peft import PeftAdapterMixin
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -94,16 +95,10 @@ class NegativeAdapter:
         wanted = {key.removeprefix(f"{prefix}.") for key in negative.state_dict}
         problem: Any = None
         try:
-            # diffusers takes hooks off and puts them on again, which layers that are offloaded one by one need. A
-            # denoiser that moves as a whole does not, and would lose where it was to move.
-            whole = isinstance(getattr(self.denoiser, "_hf_hook", None), CpuOffload)
-            self.denoiser.load_lora_adapter(
-                negative.state_dict,
-                prefix=prefix,
-                adapter_name=self.name,
-                _pipeline=None if whole else pipeline,
-                **negative.options,
-            )
+            if isinstance(self.denoiser, PeftAdapterMixin):
+                self._inject_with_diffusers(pipeline, prefix, negative)
+            else:
+                self._inject_with_peft(prefix, negative)
             loaded = get_peft_model_state_dict(self.denoiser, adapter_name=self.name)
             missing = sorted(wanted - set(loaded)) if any("lora_A" in key for key in wanted) else []
             if missing:
@@ -116,6 +111,31 @@ class NegativeAdapter:
                 f"The LoRA {negative.name} does not fit the pipeline's {type(self.denoiser).__name__}: {problem}. "
                 "Train the negative LoRA on the same base."
             )
+
+    def _inject_with_diffusers(self, pipeline: DiffusionPipeline, prefix: str, negative: NegativeLoRA) -> None:
+        # diffusers takes hooks off and puts them on again, which layers that are offloaded one by one need. A denoiser
+        # that moves as a whole does not, and would lose where it was to move.
+        whole = isinstance(getattr(self.denoiser, "_hf_hook", None), CpuOffload)
+        self.denoiser.load_lora_adapter(
+            negative.state_dict,
+            prefix=prefix,
+            adapter_name=self.name,
+            _pipeline=None if whole else pipeline,
+            **negative.options,
+        )
+
+    def _inject_with_peft(self, prefix: str, negative: NegativeLoRA) -> None:
+        """Into a denoiser that diffusers loads no adapters into."""
+        metadata = {key.removeprefix(f"{prefix}."): value for key, value in negative.options["metadata"].items()}
+        place = self.denoiser.device
+        state_dict = {key.removeprefix(f"{prefix}."): value.to(place) for key, value in negative.state_dict.items()}
+        inject_adapter_in_model(LoraConfig(**metadata), self.denoiser, adapter_name=self.name)
+        set_peft_model_state_dict(self.denoiser, state_dict, adapter_name=self.name)
+        for name, parameter in self.denoiser.named_parameters():
+            if f".{self.name}." in name:
+                # As diffusers does: in the denoiser's precision, and not to be trained.
+                parameter.data = parameter.data.to(self.denoiser.dtype)
+                parameter.requires_grad_(False)
 
     def _restore_before(self) -> None:
         """Undoes what injecting changed in layers that were there."""

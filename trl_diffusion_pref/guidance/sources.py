@@ -11,8 +11,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import WEIGHTS_NAME
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME as PEFT_CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
@@ -20,6 +23,8 @@ from ..run_record import RUN_RECORD, read_run_record
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# PEFT's files have names as seen from PeftModel.
+_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class NegativeLoRA:
 
     Args:
         state_dict: With the denoiser's name as prefix, as pipelines' `lora_state_dict` gives it.
-        options: Further arguments of the denoiser's `load_lora_adapter`: metadata, or network alphas.
+        options: Further arguments of the denoiser's `load_lora_adapter`: metadata (the adapter's configuration, with
+            the same prefix), or network alphas.
         record: What the training wrote about its base, where there is such a file.
         name: For messages.
         scale: At which it was set where it comes from.
@@ -111,7 +117,7 @@ def read_negative(negative: Any, pipeline: DiffusionPipeline) -> NegativeLoRA | 
             f"The negative model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
             "pass the folder that it was saved to."
         )
-    config = negative.peft_config[adapter].to_dict()
+    config = _without_dropout(negative.peft_config[adapter])
     state_dict = get_peft_model_state_dict(negative, adapter_name=adapter)
     root = layers[0].r[adapter] ** 0.5 if config.get("use_rslora") else layers[0].r[adapter]
     return NegativeLoRA(
@@ -137,6 +143,8 @@ def _unwrapped(denoiser: nn.Module) -> nn.Module:
 def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | NegativeWeights:
     """A file, a folder or a Hub id."""
     path, name = Path(place), denoiser_name(pipeline)
+    if path.is_file() and path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+        return _read_peft(place, path.parent, pipeline)
     if path.is_file():
         return _read_lora(place, path.parent, pipeline)
     files = _files(place)
@@ -154,6 +162,8 @@ def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | Negat
     dtype = getattr(pipeline, name).dtype
     if LORA_FILE in files:
         return _read_lora(place, folder(LORA_FILE), pipeline)
+    if {PEFT_CONFIG, PEFT_FILE} <= set(files):
+        return _read_peft(place, folder(PEFT_CONFIG, PEFT_FILE), pipeline)
     if f"{name}/config.json" in files:
         local = folder(f"{name}/*.json", f"{name}/*.safetensors")
         _check_class(local / name, denoiser_class, place)
@@ -169,8 +179,8 @@ def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | Negat
         return _read_lora(place, folder(loras[0]), pipeline, loras[0])
     pickled = WEIGHTS_NAME in files or any(file.endswith((".bin", ".ckpt", ".pt")) for file in files)
     raise ValueError(
-        f"{place} holds neither {LORA_FILE}, nor {name}/config.json, nor config.json, nor a single .safetensors file, "
-        "so there is no negative model to load."
+        f"{place} holds neither {LORA_FILE}, nor {PEFT_CONFIG} with {PEFT_FILE}, nor {name}/config.json, nor "
+        "config.json, nor a single .safetensors file, so there is no negative model to load."
         + (" Pickled weights are not read: convert them to safetensors." if pickled else "")
     )
 
@@ -202,9 +212,28 @@ def _check_class(folder: Path, expected: type[ModelMixin], place: str) -> None:
         )
 
 
+def _without_dropout(config: LoraConfig) -> dict[str, Any]:
+    # Layers are put in in training mode, and would draw masks while sampling.
+    return {**config.to_dict(), "lora_dropout": 0.0}
+
+
+def _read_peft(place: str, folder: Path, pipeline: DiffusionPipeline) -> NegativeLoRA:
+    """What `PeftModel.save_pretrained` writes, and a trainer for pipelines without `load_lora_weights`."""
+    name, config = denoiser_name(pipeline), LoraConfig.from_pretrained(folder)
+    return NegativeLoRA(
+        {f"{name}.{key.removeprefix(_PEFT_PREFIX)}": tensor for key, tensor in load_file(folder / PEFT_FILE).items()},
+        {"metadata": {f"{name}.{key}": value for key, value in _without_dropout(config).items()}},
+        read_run_record(folder),
+        place,
+    )
+
+
 def _read_lora(place: str, folder: Path, pipeline: DiffusionPipeline, file: str | None = None) -> NegativeLoRA:
     if not hasattr(pipeline, "lora_state_dict"):
-        raise TypeError(f"{type(pipeline).__name__} cannot load LoRAs. Pass full negative weights.")
+        raise TypeError(
+            f"{type(pipeline).__name__} has no load_lora_weights, so {place} cannot be read. Pass a folder with "
+            f"PEFT's {PEFT_CONFIG} and {PEFT_FILE}, or full negative weights."
+        )
     name = denoiser_name(pipeline)
     options: dict[str, Any] = {"unet_config": pipeline.unet.config} if name == "unet" else {}
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:

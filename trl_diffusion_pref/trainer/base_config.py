@@ -53,8 +53,9 @@ class DiffusionPreferenceConfig(_BaseConfig):
 
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]: `logging_steps=10`,
-    > `activation_checkpointing=True`, `bf16=True` on CUDA devices that support it and False elsewhere (so that the
-    > default runs on a CPU machine), `dataloader_pin_memory` only where there is CUDA, `lr_scheduler_type="constant"`,
+    > `activation_checkpointing=True` (off where the denoiser computes something else with it), `bf16=True` on CUDA
+    > devices that support it and False elsewhere (so that the default runs on a CPU machine),
+    > `dataloader_pin_memory` only where there is CUDA, `lr_scheduler_type="constant"`,
     > `ddp_find_unused_parameters=False`, `data_seed=seed` (without which a resumed run and a second process would
     > shuffle differently).
     """
@@ -135,7 +136,9 @@ class DiffusionPreferenceConfig(_BaseConfig):
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = cuda
-        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+        # A denoiser that cannot do it trains without where nobody asked.
+        self.checkpointing_is_default = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        if self.checkpointing_is_default:
             self.activation_checkpointing = True
         super().__post_init__()
         self._check_choices("crop", "latent_sampling")

@@ -21,7 +21,9 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.normalization import RMSNorm
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -104,6 +106,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         check_same_base(Path(args.output_dir), self._base_fingerprint)
 
         self._check_trainable(base, peft_config)
+        self._check_gradient_checkpointing(args)
 
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._writing_checkpoint = False
@@ -309,13 +312,26 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 )
             config = copy.deepcopy(base.peft_config[names[0]])
             state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
-            base.unload_lora()
+            _remove_adapters(base)
             model = get_peft_model(base, config)
             set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(f".{model.active_adapter}." in name)
         self._adapter_before = model
         return model
+
+    def _check_gradient_checkpointing(self, args: DiffusionPreferenceConfig) -> None:
+        """Switches the default off where the family cannot do it, and refuses what was asked for."""
+        if self.family.gradient_checkpointing or not (args.activation_checkpointing or args.gradient_checkpointing):
+            return
+        denoiser = f"The {self.family.denoiser_name} of {self.family.pipeline_class}"
+        if not args.checkpointing_is_default:
+            raise ValueError(
+                f"{denoiser} computes something else with activation checkpointing, so it would train something else. "
+                "Set activation_checkpointing=False."
+            )
+        logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
+        args.activation_checkpointing = args.gradient_checkpointing = False
 
     def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
         """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
@@ -691,7 +707,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             return
         checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
         if isinstance(self._unwrapped, PeftModel):
-            for file in [*checkpoint.glob("adapter_*"), checkpoint / "pytorch_lora_weights.safetensors"]:
+            # Of the second pattern there is none where the pipeline cannot load it (`Family.lora_format`).
+            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("pytorch_lora_weights.safetensors")]:
                 shutil.copy(file, output_dir / file.name)
         else:
             name = self.family.denoiser_name
@@ -742,6 +759,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             negative=self.trains_negative,
             paper=self._paper,
             pipeline=self.pipeline,
+            family=self.family,
             base_model=self._base_model,
             base_fingerprint=self._base_fingerprint,
             lora=isinstance(self._unwrapped, PeftModel),
@@ -751,6 +769,15 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             dataset_name=dataset_name,
             tags=[*self._tag_names, *(["negative-model"] if self.trains_negative else []), *tags],
         )
+
+
+def _remove_adapters(denoiser: nn.Module) -> None:
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser.unload_lora()
+        return
+    # Of pipelines without load_lora_weights: PEFT put them in.
+    recurse_remove_peft_layers(denoiser)
+    del denoiser.peft_config
 
 
 def _carries_adapter(module: nn.Module) -> bool:

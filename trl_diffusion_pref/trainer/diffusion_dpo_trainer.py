@@ -190,6 +190,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "negative": self.args.negative,
             "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
+            "prompts": self.text_fingerprint,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(training_times=True),
             "resolution": self.args.resolution or self.family.resolution(self.pipeline),

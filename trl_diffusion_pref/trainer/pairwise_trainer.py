@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import EvalPrediction
 
-from ..data import NoisyPairs, corrupt_pairs, dataset_fingerprint, latent_columns
+from ..data import NoisyPairs, corrupt_pairs, dataset_fingerprint, image_conditioning_prefix, latent_columns
 from ..evaluation import bootstrap_interval, pair_elbos, wins
 from ..randomness import draw_pairs
 from .row_tables import load_or_compute
@@ -16,6 +16,7 @@ from .row_trainer import RowTrainer
 
 
 _LATENTS = latent_columns(("chosen", "rejected"))
+_CONDITIONING = (image_conditioning_prefix("chosen"), image_conditioning_prefix("rejected"))
 _DIFFUSION_NPO = {
     "title": "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion "
     "Models",
@@ -103,7 +104,9 @@ class PairwiseTrainer(RowTrainer):
             return inputs
         turned = {"chosen": "rejected", "rejected": "chosen"}
         return {
-            f"{turned[name.split('_')[0]]}_{name.split('_', 1)[1]}" if name in _LATENTS else name: value
+            f"{turned[name.split('_')[0]]}_{name.split('_', 1)[1]}"
+            if name in _LATENTS or name.startswith(_CONDITIONING)
+            else name: value
             for name, value in inputs.items()
         }
 
@@ -143,6 +146,7 @@ class PairwiseTrainer(RowTrainer):
             "negative": self.args.negative,
             "weights": self._base_fingerprint,
             "data": dataset_fingerprint(dataset),
+            "prompts": self.text_fingerprint,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(),
             "seed": self.args.seed,

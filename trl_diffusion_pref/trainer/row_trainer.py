@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
@@ -16,10 +17,15 @@ from ..data import (
     encode_rows,
     latent_columns,
     stream_rows,
+    text_fingerprint,
+    truncation_report,
 )
 from ..randomness import EVALUATION, TRAINING
 from .base_config import DiffusionPreferenceConfig
 from .base_trainer import DiffusionPreferenceTrainer
+
+
+logger = get_logger(__name__)
 
 
 class RowTrainer(DiffusionPreferenceTrainer):
@@ -27,6 +33,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
 
     image_columns: tuple[str, ...] = ()
     prompt_table: PromptTable | None = None
+    # Of what prompts are encoded with, for numbers that are kept from one run to the next.
+    text_fingerprint: str = ""
     # Step, and how many of its samples have been drawn for, since the micro-batches of a step share its count.
     _drawn: tuple[int, int] = (-1, 0)
 
@@ -36,6 +44,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
         check_columns(dataset, what, ("prompt", *self.image_columns))
 
     def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        if not self.text_fingerprint:
+            self.text_fingerprint = text_fingerprint(self.pipeline, self.family)
         prompts: list[Any] = []
         for dataset in self._all_datasets(train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
@@ -44,6 +54,9 @@ class RowTrainer(DiffusionPreferenceTrainer):
             prompts = [prompt for prompt in prompts if prompt not in self.prompt_table]
             if not prompts:
                 return
+        report = truncation_report(prompts, self.pipeline, self.family)
+        if report:
+            logger.warning(report)
         table = encode_prompt_table(
             prompts,
             self.pipeline,

@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import conditioning_of, latent_shape
+from ..data import conditioning_of, drop_prompts, latent_shape, uncropped_conditioning
 from ..losses import self_npo_loss
 from ..randomness import generator_for
 from ..trajectories import advance, clean_estimate, combine_guidance
@@ -119,6 +119,11 @@ class SelfNPOTrainer(RowTrainer):
         resolution = args.resolution or self.family.resolution(self.pipeline)
         self.latent_shape = latent_shape(self.pipeline, self.family, resolution)
         self.empty_prompt = {name: tensor.to(args.device) for name, tensor in self.prompt_table([""]).items()}
+        # Of trajectories that begin at noise, as the pipeline draws them.
+        self.drawn_conditioning = {
+            name: tensor.to(args.device)
+            for name, tensor in uncropped_conditioning(self.pipeline, self.family, resolution).items()
+        }
 
     def start_of_training(self, resumed_from: Path | None) -> None:
         super().start_of_training(resumed_from)
@@ -133,9 +138,9 @@ class SelfNPOTrainer(RowTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
     ) -> dict[str, Tensor]:
         process, draws = self.noise_process, self._draw(keys, inputs["row"].device)
-        conditioning, times = conditioning_of(inputs), self.times.to(inputs["row"].device)
+        conditioning, times = self._conditioning(inputs), self.times.to(inputs["row"].device)
         if model.training and self.args.prompt_dropout:
-            conditioning = self._with_dropped_prompts(conditioning, draws.dropout < self.args.prompt_dropout)
+            conditioning = drop_prompts(conditioning, draws.dropout < self.args.prompt_dropout, self.empty_prompt)
         if self.args.start == "data":
             x, position, steps = self._from_data(inputs, draws, times)
             begun = torch.ones(len(keys), device=x.device)
@@ -214,11 +219,13 @@ class SelfNPOTrainer(RowTrainer):
                 steps[row], begun[row] = self.args.truncated_steps, 0.0
         return x, position, steps, conditioning, begun
 
-    def _with_dropped_prompts(self, conditioning: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
-        return {
-            name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), self.empty_prompt[name], tensor)
-            for name, tensor in conditioning.items()
-        }
+    def _conditioning(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of the prompts, and of the images as they were prepared or as they are drawn."""
+        if self.args.start == "data":
+            return conditioning_of(inputs, "image")
+        count = len(inputs["row"])
+        drawn = {name: tensor.expand(count, *tensor.shape) for name, tensor in self.drawn_conditioning.items()}
+        return conditioning_of(inputs) | drawn
 
     def _guided(self, teacher: nn.Module, conditioning: dict[str, Tensor]):
         """The teacher's prediction with the generation's guidance, as `trajectories` calls it."""
@@ -226,7 +233,10 @@ class SelfNPOTrainer(RowTrainer):
 
         def predict(x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             given = {name: tensor[rows] for name, tensor in conditioning.items()}
-            empty = {name: tensor.expand(len(rows), *tensor.shape[1:]) for name, tensor in self.empty_prompt.items()}
+            # Both sides are told the same of the image.
+            empty = given | {
+                name: tensor.expand(len(rows), *tensor.shape[1:]) for name, tensor in self.empty_prompt.items()
+            }
             if scale in (0.0, 1.0):
                 return self.call(teacher, x_t, model_time(t), given if scale else empty)
             both = {name: torch.cat([given[name], empty[name]]) for name in given}

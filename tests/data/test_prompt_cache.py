@@ -1,0 +1,98 @@
+"""The cache of prompt embeddings: found again where nothing changed, and made anew where anything did."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.normalizers import Lowercase, Replace, Sequence
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+import tiny  # noqa: E402
+
+from trl_diffusion_pref.data import encode_prompt_table  # noqa: E402
+from trl_diffusion_pref.families import family_for  # noqa: E402
+
+
+PROMPTS = ["a red circle", "a blue ring"]
+
+
+def encode(pipeline, folder: Path):
+    return encode_prompt_table(PROMPTS, pipeline, family_for(pipeline), cache_folder=folder, batch_size=2)
+
+
+def other_normalizer(pipeline) -> None:
+    """The same vocabulary, for texts that are changed first."""
+    tokenizer = pipeline.tokenizer.backend_tokenizer
+    tokenizer.normalizer = Sequence([Replace("red", "green"), Lowercase()])
+
+
+def other_weights(pipeline) -> None:
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight.mul_(2)
+
+
+def zeros_for_the_empty_prompt(pipeline) -> None:
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+
+
+def no_guidance_embedding(pipeline) -> None:
+    pipeline.transformer.register_to_config(guidance_embeds=False)
+
+
+def shorter(pipeline) -> None:
+    pipeline.tokenizer.model_max_length = 8
+    pipeline.tokenizer_2.model_max_length = 8
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("stable_diffusion", other_normalizer),
+        ("stable_diffusion", other_weights),
+        ("stable_diffusion_xl", zeros_for_the_empty_prompt),
+        ("stable_diffusion_xl", shorter),
+        ("flux_dev", no_guidance_embedding),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_whatever_changes_the_embeddings_makes_another_table(name, change, tmp_path):
+    pipeline = tiny.build(name)
+    first = encode(pipeline, tmp_path)
+    change(pipeline)
+    changed = encode(pipeline, tmp_path)
+    assert len(list(tmp_path.glob("prompts-*.arrow"))) == 2
+    (tmp_path / "elsewhere").mkdir()
+    fresh = encode(pipeline, tmp_path / "elsewhere")
+    prompts = ["", *PROMPTS]
+    for key, expected in fresh(prompts).items():
+        torch.testing.assert_close(changed(prompts)[key], expected)
+    differ = first.names != changed.names or any(
+        values.shape != changed(prompts)[key].shape or not torch.equal(values, changed(prompts)[key])
+        for key, values in first(prompts).items()
+    )
+    assert differ
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_the_same_pipeline_loaded_anew_finds_its_table(name, tmp_path):
+    """Encoding leaves its marks on tokenizers (sides, truncation), which are no change."""
+    first = encode(tiny.build(name), tmp_path)
+    pipeline = tiny.build(name)
+    for _ in range(2):
+        again = encode(pipeline, tmp_path)
+    assert len(list(tmp_path.glob("prompts-*.arrow"))) == 1
+    assert {key: tuple(value.shape) for key, value in again([""]).items()} == {
+        key: tuple(value.shape) for key, value in first([""]).items()
+    }
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_the_row_of_the_empty_prompt_is_the_sampler_s_unconditional_one(name, tmp_path):
+    pipeline = tiny.build(name)
+    table = encode(pipeline, tmp_path)
+    expected = family_for(pipeline).encode_unconditional(pipeline)
+    for key, values in table([PROMPTS[1], ""]).items():
+        torch.testing.assert_close(values[1:], expected[key])

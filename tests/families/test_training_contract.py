@@ -1,0 +1,154 @@
+"""What training must hold for every family of images, on tiny pipelines of the real classes: see `tiny.CASES`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import weights_of
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel
+from test_contract import PROMPTS, Recorder
+from torch import Tensor, nn
+
+from trl_diffusion_pref import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    SelfNPOConfig,
+    SelfNPOTrainer,
+)
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.shapes import preference_pairs
+
+
+every_image_family = pytest.mark.parametrize("name", tiny.IMAGE_CASES)
+full_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Dataset:
+    return preference_pairs(4, seed=7)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Latents and prompts are encoded once per family."""
+    return tmp_path_factory.mktemp("encoded")
+
+
+@pytest.fixture
+def options(tmp_path, cache):
+    """Makes the options of a run of two steps."""
+
+    def make(**more) -> dict[str, Any]:
+        defaults = {
+            "output_dir": str(tmp_path / "output"),
+            "dataset_cache_dir": str(cache),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "resolution": 16,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "report_to": [],
+            "activation_checkpointing": False,
+        }
+        return {**defaults, **more}
+
+    return make
+
+
+def lora_config(lora: bool) -> LoraConfig | None:
+    """Alpha is not r: a file that does not say so loads at a fourth of the scale."""
+    return LoraConfig(r=2, lora_alpha=8) if lora else None
+
+
+def train(trainer) -> list[float]:
+    """The losses of each step; checks that they are finite and that all that is trained moved."""
+    losses, record = [], trainer.record_step
+    trainer.record_step = lambda means: (losses.append(means["loss"]), record(means))
+    before = {key: value.detach().clone() for key, value in trainer.model.named_parameters() if value.requires_grad}
+    trainer.train()
+    moved = [key for key, value in trainer.model.named_parameters() if key in before and (value != before[key]).any()]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    # All but what no output depends on, such as a last block's update of the text.
+    assert len(moved) > 0.85 * len(before) > 0
+    return losses
+
+
+def denoiser_call(name: str) -> tuple[tuple, dict]:
+    """Arguments as the pipeline's own loop passes them."""
+    pipeline = tiny.build(name)
+    recorder = Recorder(family_for(pipeline).denoiser(pipeline))
+    size = dict(zip(("height", "width"), tiny.CASES[name].size, strict=True))
+    options = {"num_inference_steps": 1, "output_type": "latent", **size, **tiny.CASES[name].call}
+    pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))
+    return recorder.raw[-1]
+
+
+def output(denoiser: nn.Module, call: tuple[tuple, dict]) -> Tensor:
+    with torch.no_grad():
+        return denoiser.eval()(*call[0], **call[1])[0]
+
+
+def loaded_from(folder: str, name: str, lora: bool) -> nn.Module:
+    """The denoiser of an ordinary pipeline that loads what was saved."""
+    pipeline = tiny.build(name)
+    if not lora:
+        # diffusers wants to be told again what a pipeline goes without.
+        absent = {part: None for part, component in pipeline.components.items() if component is None}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
+        return family_for(pipeline).denoiser(pipeline)
+    family = family_for(pipeline)
+    if family.lora_format == "peft":
+        return PeftModel.from_pretrained(family.denoiser(pipeline), folder)
+    pipeline.load_lora_weights(folder)
+    return family.denoiser(pipeline)
+
+
+@full_and_lora
+@every_image_family
+def test_mapo_trains_alike_with_gradient_checkpointing_and_saves_what_loads(name, lora, pairs, options):
+    runs = []
+    for checkpointing in (True, False):
+        pipeline = tiny.build(name)
+        cfg = MaPOConfig(**options(activation_checkpointing=checkpointing))
+        trainer = MaPOTrainer(pipeline, cfg, pairs, peft_config=lora_config(lora))
+        assert family_for(pipeline).denoiser(pipeline).is_gradient_checkpointing is checkpointing
+        runs.append((train(trainer), weights_of(trainer.model)))
+    (losses, weights), (expected_losses, expected_weights) = runs
+    assert losses == pytest.approx(expected_losses, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-4, atol=1e-5)
+
+    trainer.save_model()
+    call = denoiser_call(name)
+    base, trained = output(family_for(pipeline).denoiser(tiny.build(name)), call), output(trainer.model, call)
+    assert (trained - base).abs().max() > 1e-4
+    loaded = output(loaded_from(trainer.args.output_dir, name, lora), call)
+    torch.testing.assert_close(loaded, trained, rtol=0, atol=1e-5)
+
+
+@full_and_lora
+@every_image_family
+def test_diffusion_dpo_begins_at_ln_2(name, lora, pairs, options):
+    cfg = DiffusionDPOConfig(**options(beta=700.0, prompt_dropout=0.5))
+    trainer = DiffusionDPOTrainer(tiny.build(name), cfg, pairs, peft_config=lora_config(lora))
+    losses = train(trainer)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[1] != losses[0]
+
+
+@full_and_lora
+@every_image_family
+def test_self_npo_trains_from_noise_and_from_images(name, lora, pairs, options):
+    start = "noise" if lora else "data"
+    cfg = SelfNPOConfig(
+        **options(start=start, teacher="ema", guidance_scale=2.0, solver_steps=4, truncated_steps=2),
+    )
+    images = pairs.remove_columns("rejected").rename_column("chosen", "image")
+    train(SelfNPOTrainer(tiny.build(name), cfg, images, peft_config=lora_config(lora)))
