@@ -151,7 +151,9 @@ class NegativeGuidance:
                 return original(*args, **kwargs)
             finally:
                 self._adapters.use_users()
-        self.second.to(device=_sample(args, kwargs).device, dtype=self.denoiser.dtype)
+        self.second.to(_sample(args, kwargs).device)
+        if self.second.dtype != self.denoiser.dtype:
+            self.second.to(self.denoiser.dtype)
         try:
             return self.second(*args, **kwargs)
         finally:
