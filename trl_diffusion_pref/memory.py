@@ -181,8 +181,10 @@ def estimate_memory(
     gradients, optimizer_state = _bytes(trained), _optimizer_bytes(cfg, trained)
     weights = _bytes([*denoiser.parameters(), *denoiser.buffers()])
 
+    one_step = _Step(family, denoiser, cfg, sizes, extra)
+
     def step(checkpointing: bool) -> tuple[int, int]:
-        peak, activations = _Step(family, denoiser, cfg, sizes, extra).run(checkpointing)
+        peak, activations = one_step.run(checkpointing)
         return weights + reference + optimizer_state + max(peak, gradients), activations
 
     total, activations = step(False)
@@ -414,6 +416,7 @@ class _Step:
         self.family, self.denoiser, self.cfg, self.sizes, self.extra = family, denoiser, cfg, sizes, extra
         base = denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
         self.base = next(part for part in base.modules() if isinstance(part, ModelMixin))
+        self.layouts: dict[tuple, list[tuple | None] | None] = {}
         self.dtype = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
 
     def run(self, checkpointing: bool) -> tuple[int, int]:
@@ -425,7 +428,7 @@ class _Step:
         self.denoiser.train()
         for parameter in self.denoiser.parameters():
             parameter.grad = None
-        live = _LiveBytes(self.denoiser)
+        live = _LiveBytes(self.denoiser, self.layouts)
         with torch.device("meta"), live:
             self._forward_and_backward(live)
             activations = live.peak_beside_gradients
@@ -482,10 +485,17 @@ class _Step:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made inside that exist at once; a module's own are left out."""
+    """Bytes of the storages made inside that exist at once; a module's own are left out.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: Has its gradients counted by themselves.
+        layouts: What operations gave, by what they were given. Shared by several steps, it spares most of the time:
+            shapes on the meta device are found in Python, and blocks repeat.
+    """
+
+    def __init__(self, module: nn.Module, layouts: dict[tuple, list[tuple | None] | None]) -> None:
         super().__init__()
+        self._layouts = layouts
         self.current = self.peak = self.gradients = self.peak_beside_gradients = 0
         tensors = [*module.parameters(), *module.buffers()]
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -522,11 +532,39 @@ class _LiveBytes(TorchDispatchMode):
         self.current -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        key = (function, _described(args), _described(tuple(kwargs.items())))
+        layout = self._layouts.get(key)
+        if layout is not None:
+            made = tuple(part and torch.empty_strided(*part[:2], dtype=part[2], device="meta") for part in layout)
+            result = made if len(made) > 1 else made[0]
+        else:
+            result = function(*args, **kwargs)
+            self._layouts[key] = _layout(result, args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         return result
+
+
+def _described(value: Any) -> Any:
+    """What of an operation's argument decides the layout of its result; can be hashed."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(_described(part) for part in value)
+    return type(value), value
+
+
+def _layout(result: Any, args: tuple) -> list[tuple | None] | None:
+    """Sizes, strides and dtypes of new tensors on the meta device; None for other results, and for views."""
+    parts = result if isinstance(result, tuple) else (result,)
+    given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+    for part in parts:
+        new = isinstance(part, Tensor) and part.device.type == "meta" and part.untyped_storage()._cdata not in given
+        if not (new or (part is None and len(parts) > 1)):
+            return None
+    return [None if part is None else (part.shape, part.stride(), part.dtype) for part in parts]
 
 
 class _FusedAttention(torch.autograd.Function):
