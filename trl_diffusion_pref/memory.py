@@ -207,7 +207,7 @@ def estimate_memory(
         checkpointing=checkpointing and family.gradient_checkpointing,
         conditions=(
             f"{family.pipeline_class}: {parameters / 1e6:,.1f} M parameters, {trained_parameters / 1e6:,.1f} M "
-            f"trained; latents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision} autocast, "
+            f"trained,\nlatents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision} autocast, "
             f"{getattr(cfg.optim, 'value', cfg.optim)}"
         ),
     )

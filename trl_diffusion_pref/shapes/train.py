@@ -31,7 +31,14 @@ from diffusers import (
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from .drawing import IMAGE_SIZE, draw, prompts, random_scene
 from .pipeline import pipeline_folder
@@ -41,7 +48,7 @@ OUTLINED_SHARE = 0.15
 _EMBEDDING = 64
 _PROMPT_LENGTH = 16
 _PROMPT_DROPOUT = 0.1
-# Tokens that StableDiffusion3Pipeline puts in the place of an absent T5 encoder's: its max_sequence_length.
+# What StableDiffusion3Pipeline takes of the T5 encoder: its max_sequence_length.
 _T5_TOKENS = 256
 
 
@@ -111,8 +118,8 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
     """The untrained flow pipeline: Stable Diffusion 3's classes, small, on another pipeline's encoders.
 
     Args:
-        base: Its text encoder stands in for both CLIP encoders, with an identity for the projection; T5 is absent.
-            Nothing of it is changed.
+        base: Its text encoder stands in for both CLIP encoders, with an identity for the projection. The T5 encoder
+            gives zeros, as if it were absent. Nothing of the base is changed.
         seed: Of the transformer's weights.
     """
     config = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": _EMBEDDING})
@@ -122,8 +129,14 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
         text_encoder.text_model.load_state_dict(base.text_encoder.state_dict())
         nn.init.eye_(text_encoder.text_projection.weight)
         text_encoders.append(text_encoder)
+    # A pipeline without a T5 encoder loads only where that is said in the call (diffusers 0.42), so there is one, with
+    # no layers and zeros in its last norm.
+    silent = T5EncoderModel(T5Config(vocab_size=len(base.tokenizer), d_model=2 * _EMBEDDING, num_layers=0))
+    nn.init.zeros_(silent.encoder.final_layer_norm.weight)
     # The pipeline adds the shift without asking whether there is one.
-    vae = AutoencoderKL.from_config(base.vae.config, shift_factor=0.0)
+    # What begins with an underscore says where the other was loaded from.
+    options = {name: value for name, value in base.vae.config.items() if not name.startswith("_")}
+    vae = AutoencoderKL(**{**options, "shift_factor": 0.0})
     vae.load_state_dict(base.vae.state_dict())
     torch.manual_seed(seed)
     heads, head_dim, sample_size = 4, 24, IMAGE_SIZE // 4
@@ -152,8 +165,8 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
         tokenizer=base.tokenizer,
         text_encoder_2=text_encoders[1],
         tokenizer_2=base.tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent,
+        tokenizer_3=base.tokenizer,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
     )
@@ -242,8 +255,8 @@ def train_denoiser(
 class CountedKey(TorchFunctionMode):
     """Attention in which the last key counts as many.
 
-    Within it, the 256 zero vectors that stand in for an absent T5 encoder can be given as one: without positions they
-    stay alike through all layers, and training costs a quarter.
+    Within it, the 256 zero vectors of the silent T5 encoder can be given as one: without positions they stay alike
+    through all layers, and training costs a quarter.
     """
 
     def __init__(self, count: int) -> None:
@@ -386,7 +399,7 @@ def train_flow_base(args: argparse.Namespace) -> None:
     pipeline = build_flow_pipeline(base)
     print({"transformer": round(sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6, 2)}, flush=True)
     train_flow_denoiser(pipeline, OUTLINED_SHARE, args.flow_steps, seed=4)
-    save_half(pipeline, args.output / "flow_pipeline", ["text_encoder", "text_encoder_2"])
+    save_half(pipeline, args.output / "flow_pipeline", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 
 
 def main() -> None:
