@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["mapo", "dpo"], default="mapo")
     parser.add_argument("--output_dir", default="flow-shapes", help="where the tuned pipeline goes")
-    parser.add_argument("--max_steps", type=int, help="default: 25 for MaPO, 40 for DPO")
+    parser.add_argument("--max_steps", type=int, default=25)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--beta", type=float, default=500.0, help="of DPO")
+    parser.add_argument("--beta", type=float, default=30.0, help="of DPO")
     options = parser.parse_args(argv)
 
     common = {
         "output_dir": options.output_dir,
-        "max_steps": options.max_steps or (25 if options.method == "mapo" else 40),
+        "max_steps": options.max_steps,
         "learning_rate": options.learning_rate,
         "per_device_train_batch_size": 32,
         # The base was trained on the means; its VAE's posterior is wide, and its noise would drown the preference.

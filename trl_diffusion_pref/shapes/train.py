@@ -266,8 +266,9 @@ class CountedKey(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is nn.functional.scaled_dot_product_attention:
-            keys = args[1].shape[-2]
-            kwargs = {**kwargs, "attn_mask": torch.tensor([0.0] * (keys - 1) + [self.logarithm]).expand(1, 1, 1, keys)}
+            query, keys = args[0], args[1].shape[-2]
+            mask = torch.tensor([0.0] * (keys - 1) + [self.logarithm], dtype=query.dtype)
+            kwargs = {**kwargs, "attn_mask": mask.expand(1, 1, 1, keys)}
         return function(*args, **kwargs)
 
 
@@ -289,9 +290,9 @@ def train_flow_denoiser(
     with torch.inference_mode():
         latents = torch.cat([pipeline.vae.encode(chunk).latent_dist.mean for chunk in pixels.split(256)])
         asked = ["", *prompts()]
-        embeddings, _, pooled, _ = pipeline.encode_prompt(
-            asked, None, None, max_sequence_length=1, do_classifier_free_guidance=False
-        )
+        embeddings, _, pooled, _ = pipeline.encode_prompt(asked, None, None, do_classifier_free_guidance=False)
+        # One of the silent encoder's tokens is enough, see CountedKey.
+        embeddings = embeddings[:, : _PROMPT_LENGTH + 1]
     latents = latents.clone() * pipeline.vae.config.scaling_factor
     embeddings, pooled = embeddings.clone(), pooled.clone()
     numbers = torch.tensor([asked.index(caption) for caption in captions])
