@@ -31,7 +31,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/self_npo_step_time.py
 	$(BIN)/python benchmarks/diffusion_npo.py
 
-# Trains the embedded pipelines anew, about half an hour on two cores.
+# Trains the embedded pipelines anew, about three quarters of an hour on two cores.
 weights: .venv/installed
 	$(BIN)/python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
 
@@ -64,6 +64,16 @@ def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(), unet=unet)
     summary = summarize(sample(pipeline, ASKED), ASKED)
     assert summary.shape >= 0.9 and summary.colour >= 0.8
+
+
+def test_mapo_teaches_a_flow_the_preferred_style_and_keeps_colour_and_shape(tmp_path, capsys):
+    pictures = run("flow_shapes", "--method", "mapo", "--output_dir", str(tmp_path / "out"))
+    before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
+    assert before.preferred <= 0.5
+    assert after.preferred >= 0.9
+    assert after.colour >= 0.9 and after.shape >= 0.9
+    assert "before" in capsys.readouterr().out
+    StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,5 +1,6 @@
 """Preference trainers for diffusion and flow models."""
 
+from .memory import MemoryEstimate, estimate_memory
 from .trainer.diffusion_dpo_config import DiffusionDPOConfig
 from .trainer.diffusion_dpo_trainer import DiffusionDPOTrainer
 from .trainer.mapo_config import MaPOConfig
@@ -14,7 +15,9 @@ __all__ = [
     "DiffusionDPOTrainer",
     "MaPOConfig",
     "MaPOTrainer",
+    "MemoryEstimate",
     "SelfNPOConfig",
     "SelfNPOTrainer",
     "__version__",
+    "estimate_memory",
 ]

@@ -100,7 +100,7 @@ def test_words_are_single_tokens_and_other_text_is_still_tokens():
 
 
 def test_an_unknown_base_is_refused():
-    with pytest.raises(ValueError, match="mixed, filled_only"):
+    with pytest.raises(ValueError, match="mixed, filled_only, flow"):
         load_pipeline("other")
 
 

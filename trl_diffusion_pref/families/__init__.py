@@ -26,7 +26,15 @@ from .stable_diffusion_xl import StableDiffusionXLFamily
 from .wan import WanFamily
 
 
-__all__ = ["AudioFamily", "Family", "VideoFamily", "family_for", "register_family", "supported_pipelines"]
+__all__ = [
+    "AudioFamily",
+    "Family",
+    "VideoFamily",
+    "family_for",
+    "family_named",
+    "register_family",
+    "supported_pipelines",
+]
 
 _ENTRY_POINT_GROUP = "trl_diffusion_pref.families"
 
@@ -105,10 +113,20 @@ def family_for(pipeline: DiffusionPipeline) -> Family:
             f"model is a {type(pipeline).__name__}, not a diffusers pipeline. Pass a Hub id, a folder or a loaded "
             f"pipeline of one of these classes: {supported}."
         )
-    family = _FAMILIES.get(type(pipeline).__name__)
+    return family_named(type(pipeline).__name__)
+
+
+def family_named(pipeline_class: str) -> Family:
+    """The family of a class of pipelines.
+
+    Raises:
+        TypeError: An unsupported class; the message lists the supported ones.
+    """
+    supported = ", ".join(supported_pipelines())
+    family = _FAMILIES.get(pipeline_class)
     if family is None:
         raise TypeError(
-            f"{type(pipeline).__name__} is not supported. Supported pipelines: {supported}. If the weights fit one of "
+            f"{pipeline_class} is not supported. Supported pipelines: {supported}. If the weights fit one of "
             f"these classes, load them through it. {_HOW_TO_REGISTER}"
         )
     return family

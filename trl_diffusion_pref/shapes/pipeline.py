@@ -4,27 +4,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 
 BASES = {
     "mixed": "trained on 85 % filled and 15 % outlined shapes",
     "filled_only": "never saw an outlined shape; shares the other's text encoder and VAE",
+    "flow": "a rectified flow of Stable Diffusion 3's classes on the same mixture, text encoder and VAE",
 }
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
-def pipeline_folder() -> Path:
-    """Folder of the `mixed` base, which `StableDiffusionPipeline.from_pretrained` loads."""
-    return _WEIGHTS / "pipeline"
-
-
-def load_pipeline(base: str = "mixed", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Loads one of the two trained bases.
+def pipeline_folder(base: str = "mixed") -> Path:
+    """Folder that `DiffusionPipeline.from_pretrained` loads.
 
     Args:
-        base: "mixed" or "filled_only", see `BASES`.
+        base: "mixed" or "flow"; "filled_only" is a UNet alone, see `load_pipeline`.
+
+    Raises:
+        ValueError: Another base.
+    """
+    folders = {"mixed": "pipeline", "flow": "flow_pipeline"}
+    if base not in folders:
+        raise ValueError(f"base={base!r} has no folder of its own; {' and '.join(folders)} have.")
+    return _WEIGHTS / folders[base]
+
+
+def load_pipeline(
+    base: str = "mixed", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """Loads one of the trained bases.
+
+    Args:
+        base: "mixed", "filled_only" or "flow", see `BASES`. The last is a `StableDiffusion3Pipeline`.
         dtype: Of the weights, which are stored in float16.
 
     Raises:
@@ -32,15 +51,16 @@ def load_pipeline(base: str = "mixed", dtype: torch.dtype = torch.float32) -> St
     """
     if base not in BASES:
         raise ValueError(f"base={base!r} is none of {', '.join(BASES)}.")
+    if base == "flow":
+        return StableDiffusion3Pipeline.from_pretrained(pipeline_folder("flow"), dtype=dtype)
     components = {}
     if base == "filled_only":
         components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", dtype=dtype)
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=dtype, **components)
-    return pipeline
+    return StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=dtype, **components)
 
 
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
     prompts: Sequence[str],
     *,
     seed: int = 0,
@@ -48,13 +68,14 @@ def sample(
     steps: int = 20,
     batch_size: int = 32,
 ) -> list[Image.Image]:
-    """Draws one picture per prompt with DDIM, picture i from a generator seeded with (seed, i).
+    """Draws one picture per prompt with DDIM, a flow with its own Euler scheduler, picture i from the seed (seed, i).
 
     The pipeline's own scheduler is put back afterwards; its progress bar is switched off.
     """
     pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
-    pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
+    kind = type(scheduler) if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else DDIMScheduler
+    pipeline.scheduler = kind.from_config(scheduler.config)
     images: list[Image.Image] = []
     try:
         for start in range(0, len(prompts), batch_size):

@@ -4,20 +4,41 @@
 
 Three stages: the VAE; then text encoder and UNet together on filled shapes alone (the `filled_only` base); then a copy
 of that UNet on a mixture with 15 % outlined shapes (the `mixed` base). `--save_every` also keeps checkpoints of the
-last two stages, for experiments that need a base which has not finished learning to draw.
+last two stages, for experiments that need a base which has not finished learning to draw. A fourth, which
+`--stages flow` runs by itself on what the output folder holds, puts a transformer of Stable Diffusion 3's class on the
+same VAE and text encoder and trains it on the mixture as a rectified flow (the `flow` base).
 """
 
 import argparse
 import json
+import math
 import string
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from .drawing import IMAGE_SIZE, draw, prompts, random_scene
 from .pipeline import pipeline_folder
@@ -27,6 +48,8 @@ OUTLINED_SHARE = 0.15
 _EMBEDDING = 64
 _PROMPT_LENGTH = 16
 _PROMPT_DROPOUT = 0.1
+# What StableDiffusion3Pipeline takes of the T5 encoder: its max_sequence_length.
+_T5_TOKENS = 256
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -91,6 +114,64 @@ def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
 
 
+def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableDiffusion3Pipeline:
+    """The untrained flow pipeline: Stable Diffusion 3's classes, small, on another pipeline's encoders.
+
+    Args:
+        base: Its text encoder stands in for both CLIP encoders, with an identity for the projection. The T5 encoder
+            gives zeros, as if it were absent. Nothing of the base is changed.
+        seed: Of the transformer's weights.
+    """
+    config = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": _EMBEDDING})
+    text_encoders = []
+    for _ in range(2):
+        text_encoder = CLIPTextModelWithProjection(config)
+        text_encoder.text_model.load_state_dict(base.text_encoder.state_dict())
+        nn.init.eye_(text_encoder.text_projection.weight)
+        text_encoders.append(text_encoder)
+    # A pipeline without a T5 encoder loads only where that is said in the call (diffusers 0.42), so there is one, with
+    # no layers and zeros in its last norm.
+    silent = T5EncoderModel(T5Config(vocab_size=len(base.tokenizer), d_model=2 * _EMBEDDING, num_layers=0))
+    nn.init.zeros_(silent.encoder.final_layer_norm.weight)
+    # The pipeline adds the shift without asking whether there is one.
+    # What begins with an underscore says where the other was loaded from.
+    options = {name: value for name, value in base.vae.config.items() if not name.startswith("_")}
+    vae = AutoencoderKL(**{**options, "shift_factor": 0.0})
+    vae.load_state_dict(base.vae.state_dict())
+    torch.manual_seed(seed)
+    heads, head_dim, sample_size = 4, 24, IMAGE_SIZE // 4
+    transformer = SD3Transformer2DModel(
+        sample_size=sample_size,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=head_dim,
+        num_attention_heads=heads,
+        joint_attention_dim=2 * _EMBEDDING,
+        caption_projection_dim=heads * head_dim,
+        pooled_projection_dim=2 * _EMBEDDING,
+        pos_embed_max_size=sample_size,
+        qk_norm="rms_norm",
+    )
+    # Blocks begin as identities, as in DiT (arXiv 2212.09748, section 3.2), which diffusers leaves to the trainer.
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and (".norm1" in name or name.startswith(("norm_out", "proj_out"))):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=text_encoders[0],
+        tokenizer=base.tokenizer,
+        text_encoder_2=text_encoders[1],
+        tokenizer_2=base.tokenizer,
+        text_encoder_3=silent,
+        tokenizer_3=base.tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+    )
+
+
 def drawn_pictures(n: int, outlined_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
     """Random pictures, `(n, 3, IMAGE_SIZE, IMAGE_SIZE)` float32 in [-1, 1], and their captions."""
     scenes = [random_scene(rng, "outlined" if rng.random() < outlined_share else "filled") for _ in range(n)]
@@ -151,11 +232,8 @@ def train_denoiser(
     parameters = list(pipeline.unet.parameters())
     if train_text_encoder:
         parameters += list(pipeline.text_encoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
-    average = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
-    started = time.time()
-    for step in range(steps):
+
+    def loss_of_a_batch() -> Tensor:
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
         ids = input_ids[rows].clone()
         ids[torch.rand(batch_size, generator=generator) < _PROMPT_DROPOUT] = unconditional
@@ -165,7 +243,94 @@ def train_denoiser(
             prompt_embeds = pipeline.text_encoder(ids)[0]
         noisy = pipeline.scheduler.add_noise(latents[rows], noise, timesteps)
         prediction = pipeline.unet(noisy, timesteps, prompt_embeds).sample
-        loss = (prediction - noise).square().mean()
+        return (prediction - noise).square().mean()
+
+    def save(step: int) -> None:
+        if checkpoint_folder:
+            pipeline.unet.save_pretrained(checkpoint_folder / f"step-{step}")
+
+    _minimise(loss_of_a_batch, parameters, steps, learning_rate, save_every=save_every, save=save)
+
+
+class CountedKey(TorchFunctionMode):
+    """Attention in which the last key counts as many.
+
+    Within it, the 256 zero vectors of the silent T5 encoder can be given as one: without positions they stay alike
+    through all layers, and training costs a quarter.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.logarithm = math.log(count)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is nn.functional.scaled_dot_product_attention:
+            query, keys = args[0], args[1].shape[-2]
+            mask = torch.tensor([0.0] * (keys - 1) + [self.logarithm], dtype=query.dtype)
+            kwargs = {**kwargs, "attn_mask": mask.expand(1, 1, 1, keys)}
+        return function(*args, **kwargs)
+
+
+def train_flow_denoiser(
+    pipeline: StableDiffusion3Pipeline,
+    outlined_share: float,
+    steps: int,
+    *,
+    seed: int,
+    learning_rate: float = 2e-3,
+    batch_size: int = 64,
+) -> None:
+    """Trains the transformer on drawn pictures as a rectified flow, with prompt dropout and logit-normal times.
+
+    Leaves the exponential moving average of the weights in place.
+    """
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    pixels, captions = drawn_pictures(8192, outlined_share, rng)
+    with torch.inference_mode():
+        latents = torch.cat([pipeline.vae.encode(chunk).latent_dist.mean for chunk in pixels.split(256)])
+        asked = ["", *prompts()]
+        embeddings, _, pooled, _ = pipeline.encode_prompt(asked, None, None, do_classifier_free_guidance=False)
+        # One of the silent encoder's tokens is enough, see CountedKey.
+        embeddings = embeddings[:, : _PROMPT_LENGTH + 1]
+    latents = latents.clone() * pipeline.vae.config.scaling_factor
+    embeddings, pooled = embeddings.clone(), pooled.clone()
+    numbers = torch.tensor([asked.index(caption) for caption in captions])
+
+    def loss_of_a_batch() -> Tensor:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator)
+        given = numbers[rows].masked_fill(torch.rand(batch_size, generator=generator) < _PROMPT_DROPOUT, 0)
+        noise = torch.randn(latents[rows].shape, generator=generator)
+        times = torch.sigmoid(torch.randn(batch_size, generator=generator))
+        noisy = torch.lerp(latents[rows], noise, times.reshape(-1, 1, 1, 1))
+        prediction = pipeline.transformer(
+            noisy,
+            timestep=times * pipeline.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=embeddings[given],
+            pooled_projections=pooled[given],
+        ).sample
+        return (prediction - (noise - latents[rows])).square().mean()
+
+    with CountedKey(_T5_TOKENS):
+        _minimise(loss_of_a_batch, list(pipeline.transformer.parameters()), steps, learning_rate)
+
+
+def _minimise(
+    loss_of_a_batch: Callable[[], Tensor],
+    parameters: list[nn.Parameter],
+    steps: int,
+    learning_rate: float,
+    *,
+    save_every: int = 0,
+    save: Callable[[int], None] | None = None,
+) -> None:
+    """AdamW in one cycle; `save` is called with the averaged weights in place, which stay there at the end."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
+    average = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
+    started = time.time()
+    for step in range(steps):
+        loss = loss_of_a_batch()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -174,27 +339,28 @@ def train_denoiser(
         average.step(parameters)
         if step % 100 == 0 or step == steps - 1:
             print(f"denoiser {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
-        if save_every and checkpoint_folder and (step + 1) % save_every == 0:
+        if save and save_every and (step + 1) % save_every == 0:
             average.store(parameters)
             average.copy_to(parameters)
-            pipeline.unet.save_pretrained(checkpoint_folder / f"step-{step + 1}")
+            save(step + 1)
             average.restore(parameters)
     average.copy_to(parameters)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write pipeline/ and filled_only_unet/ to"
-    )
-    parser.add_argument("--vae_steps", type=int, default=700)
-    parser.add_argument("--filled_steps", type=int, default=2000)
-    parser.add_argument("--mixed_steps", type=int, default=800)
-    parser.add_argument(
-        "--save_every", type=int, default=0, help="also keep the UNet every so many steps; 0 keeps none"
-    )
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)
+def save_half(
+    pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path, encoders: Iterable[str]
+) -> None:
+    """Writes float16 weights; `encoders` are the text encoders' names."""
+    pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers loads in the dtype that this file names, diffusers in float32: a pipeline of both would not run.
+    for name in encoders:
+        config_file = folder / name / "config.json"
+        config = {**json.loads(config_file.read_text()), "dtype": "float32"}
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def train_unet_bases(args: argparse.Namespace) -> None:
+    """The first three stages; writes pipeline/ and filled_only_unet/."""
     pipeline = build_pipeline()
     print(
         {
@@ -213,10 +379,9 @@ def main() -> None:
         save_every=args.save_every,
         checkpoint_folder=args.output / "filled_only_checkpoints",
     )
-    half = torch.float16
     filled = UNet2DConditionModel.from_config(pipeline.unet.config)
     filled.load_state_dict(pipeline.unet.state_dict())
-    filled.to(half).save_pretrained(args.output / "filled_only_unet")
+    filled.to(torch.float16).save_pretrained(args.output / "filled_only_unet")
     train_denoiser(
         pipeline,
         OUTLINED_SHARE,
@@ -226,11 +391,42 @@ def main() -> None:
         save_every=args.save_every,
         checkpoint_folder=args.output / "mixed_checkpoints",
     )
-    pipeline.to(half).save_pretrained(args.output / "pipeline")
-    # transformers loads in the dtype that this file names, diffusers in float32: a pipeline of both would not run.
-    config_file = args.output / "pipeline" / "text_encoder" / "config.json"
-    config = {**json.loads(config_file.read_text()), "dtype": "float32"}
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_half(pipeline, args.output / "pipeline", ["text_encoder"])
+
+
+def train_flow_base(args: argparse.Namespace) -> None:
+    """The last stage; reads pipeline/ and writes flow_pipeline/."""
+    base = StableDiffusionPipeline.from_pretrained(args.output / "pipeline")
+    pipeline = build_flow_pipeline(base)
+    print({"transformer": round(sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6, 2)}, flush=True)
+    train_flow_denoiser(pipeline, OUTLINED_SHARE, args.flow_steps, seed=4)
+    save_half(pipeline, args.output / "flow_pipeline", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to write pipeline/, filled_only_unet/ and flow_pipeline/ to",
+    )
+    parser.add_argument(
+        "--stages", choices=["all", "unet", "flow"], default="all", help="flow: from the folder's pipeline/"
+    )
+    parser.add_argument("--vae_steps", type=int, default=700)
+    parser.add_argument("--filled_steps", type=int, default=2000)
+    parser.add_argument("--mixed_steps", type=int, default=800)
+    parser.add_argument("--flow_steps", type=int, default=2200)
+    parser.add_argument(
+        "--save_every", type=int, default=0, help="also keep the UNet every so many steps; 0 keeps none"
+    )
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    if args.stages in ("all", "unet"):
+        train_unet_bases(args)
+    if args.stages in ("all", "flow"):
+        train_flow_base(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Teaches the embedded flow pipeline to draw outlines, with MaPO or Flow-DPO, in a few minutes on two CPU cores.
+
+The base is a rectified flow of Stable Diffusion 3's classes; the trainers find that out from its scheduler.
+"""
+
+import argparse
+from pathlib import Path
+
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
+from trl_diffusion_pref.shapes import (
+    comparison_picture,
+    comparison_table,
+    load_pipeline,
+    pipeline_folder,
+    preference_pairs,
+    prompts,
+    sample,
+)
+
+
+def main(argv: list[str] | None = None) -> dict[str, list]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--method", choices=["mapo", "dpo"], default="mapo")
+    parser.add_argument("--output_dir", default="flow-shapes", help="where the tuned pipeline goes")
+    parser.add_argument("--max_steps", type=int, default=25)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--beta", type=float, default=30.0, help="of DPO")
+    options = parser.parse_args(argv)
+
+    common = {
+        "output_dir": options.output_dir,
+        "max_steps": options.max_steps,
+        "learning_rate": options.learning_rate,
+        "per_device_train_batch_size": 32,
+        # The base was trained on the means; its VAE's posterior is wide, and its noise would drown the preference.
+        "latent_sampling": "mean",
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+    }
+    folder, pairs = str(pipeline_folder("flow")), preference_pairs(512)
+    if options.method == "mapo":
+        config = MaPOConfig(**common)
+        trainer = MaPOTrainer(folder, config, pairs)
+    else:
+        config = DiffusionDPOConfig(**common, beta=options.beta)
+        trainer = DiffusionDPOTrainer(folder, config, pairs)
+    trainer.train()
+    trainer.save_model()
+
+    asked = (4 * prompts())[:64]
+    pictures = {"before": sample(load_pipeline("flow"), asked), "after": sample(trainer.pipeline, asked)}
+    print(comparison_table(pictures, asked, preferred_style="outlined"))
+    print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
+    return pictures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The estimate against the bytes that real training holds, and against the published models' sizes."""
+
+import gc
+import json
+import shutil
+import tempfile
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
+from tensor_memory import PeakMemory
+from torch import nn
+
+from trl_diffusion_pref import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    SelfNPOConfig,
+    SelfNPOTrainer,
+    estimate_memory,
+)
+from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, preference_pairs, prompts
+
+
+TRAINERS = {MaPOConfig: MaPOTrainer, DiffusionDPOConfig: DiffusionDPOTrainer, SelfNPOConfig: SelfNPOTrainer}
+
+
+def config_of(kind: type, **options):
+    common = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    return kind(**{**common, "per_device_train_batch_size": 4, **options})
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """stabilityai/stable-diffusion-xl-base-1.0, unet/config.json."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """black-forest-labs/FLUX.1-dev, transformer/config.json."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True)
+
+
+CASES = [
+    ("mixed", MaPOConfig, False, {"activation_checkpointing": False, "per_device_train_batch_size": 16}),
+    ("mixed", MaPOConfig, False, {"activation_checkpointing": True, "per_device_train_batch_size": 16}),
+    ("mixed", MaPOConfig, True, {"activation_checkpointing": False}),
+    ("mixed", MaPOConfig, True, {"activation_checkpointing": True}),
+    ("mixed", MaPOConfig, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    ("mixed", MaPOConfig, False, {"bf16": True}),
+    ("mixed", DiffusionDPOConfig, False, {"activation_checkpointing": False}),
+    ("mixed", DiffusionDPOConfig, True, {"activation_checkpointing": True}),
+    ("mixed", DiffusionDPOConfig, False, {"optim": "sgd", "reference": "precomputed", "reference_draws": 1}),
+    ("mixed", SelfNPOConfig, False, {"activation_checkpointing": False}),
+    ("flow", MaPOConfig, True, {"activation_checkpointing": False}),
+    ("flow", DiffusionDPOConfig, False, {"activation_checkpointing": True}),
+]
+
+
+@pytest.mark.parametrize(("base", "kind", "lora", "options"), CASES)
+def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
+    options = {**options, "output_dir": str(tmp_path), "max_steps": 2}
+    if kind is DiffusionDPOConfig:
+        options["divergence_guard"] = "off"
+    cfg, pipeline = config_of(kind, **options), load_pipeline(base)
+    adapter = LoraConfig(r=8, init_lora_weights="gaussian") if lora else None
+    estimate = estimate_memory(pipeline, cfg, adapter)
+    rows = Dataset.from_dict({"prompt": prompts()}) if kind is SelfNPOConfig else preference_pairs(32)
+    trainer = TRAINERS[kind](pipeline, cfg, rows, peft_config=adapter)
+    others = [getattr(trainer, name, None) for name in ("reference", "teacher")]
+    held = [other.module for other in others if isinstance(getattr(other, "module", None), nn.Module)]
+    gc.collect()
+    with PeakMemory(trainer.model, *held) as measured:
+        trainer.train()
+    assert estimate.total == pytest.approx(measured.peak, rel=0.05)
+    assert estimate.trained_parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_sdxl_s_parts_are_known_before_anything_is_allocated():
+    unet, cfg = sdxl_unet(), config_of(DiffusionDPOConfig, per_device_train_batch_size=1)
+    with PeakMemory() as allocated:
+        estimate = estimate_memory(unet, cfg)
+    assert allocated.peak < 1e6
+    assert estimate.parameters == estimate.trained_parameters == 2_567_463_684
+    assert estimate.weights == estimate.gradients == estimate.reference == 4 * estimate.parameters
+    assert estimate.optimizer_state == 8 * estimate.parameters
+    assert estimate.checkpointing and estimate.total == estimate.total_with_checkpointing
+    assert estimate.activations_with_checkpointing < 0.2 * estimate.activations_without_checkpointing
+    held = estimate.weights + estimate.reference + estimate.optimizer_state
+    assert held + estimate.gradients <= estimate.total <= held + estimate.gradients + estimate.activations
+    assert "48.98" in str(estimate) and "64.51" in str(estimate)
+
+
+def test_flux_s_lora_needs_no_second_model():
+    cfg = config_of(DiffusionDPOConfig, per_device_train_batch_size=1, bf16=True)
+    estimate = estimate_memory(flux_transformer().to(torch.bfloat16), cfg, LoraConfig(r=16))
+    assert estimate.parameters - estimate.trained_parameters == 11_901_408_320
+    assert estimate.weights == 2 * 11_901_408_320 + 4 * estimate.trained_parameters
+    assert estimate.reference == 0
+    assert estimate.total < 40e9 < estimate.total_without_checkpointing
+
+
+def test_a_folder_s_configs_are_enough(tmp_path):
+    folder = tmp_path / "configs"
+    shutil.copytree(pipeline_folder(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    cfg = config_of(MaPOConfig)
+    assert estimate_memory(str(folder), cfg) == estimate_memory(load_pipeline(), cfg)
+
+
+def test_the_model_is_left_as_it_was():
+    pipeline = load_pipeline()
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in pipeline.unet.named_parameters()}
+    estimate_memory(pipeline, config_of(MaPOConfig), LoraConfig(r=4))
+    assert {name: (p.data_ptr(), p.requires_grad) for name, p in pipeline.unet.named_parameters()} == before
+    assert not pipeline.unet.is_gradient_checkpointing
+
+
+def test_a_carried_adapter_is_trained_and_copied_as_the_reference():
+    pipeline = load_pipeline()
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q"]))
+    adapter = sum(p.numel() for name, p in pipeline.unet.named_parameters() if "lora_" in name)
+    estimate = estimate_memory(pipeline, config_of(DiffusionDPOConfig))
+    assert estimate.trained_parameters == adapter
+    assert estimate.reference == 4 * adapter
+
+
+def test_states_in_eight_bits_have_a_maximum_per_block_and_small_tensors_stay_in_float32():
+    unet = load_pipeline().unet
+    estimate = estimate_memory(unet, config_of(MaPOConfig, optim="adamw_bnb_8bit"))
+    counts = [p.numel() for p in unet.parameters()]
+    expected = sum(2.03125 * n if n >= 4096 else 8 * n for n in counts)
+    assert estimate.optimizer_state == pytest.approx(expected, rel=1e-3)
+
+
+def test_resolution_and_precision_change_activations():
+    pipeline, (plain, larger, half) = (
+        load_pipeline(),
+        (
+            config_of(MaPOConfig, activation_checkpointing=False, **options)
+            for options in ({}, {"resolution": 64}, {"bf16": True})
+        ),
+    )
+    activations = estimate_memory(pipeline, plain).activations
+    assert 3 < estimate_memory(pipeline, larger).activations / activations < 5
+    assert 0.5 < estimate_memory(pipeline, half).activations / activations < 0.9
+
+
+@pytest.mark.parametrize("base", ["mixed", "flow"])
+def test_a_denoiser_alone_counts_as_one_with_published_encoders(base):
+    pipeline, cfg = load_pipeline(base), config_of(MaPOConfig)
+    alone = estimate_memory(getattr(pipeline, "unet", None) or pipeline.transformer, cfg)
+    whole = estimate_memory(pipeline, cfg)
+    assert alone.weights == whole.weights
+    assert alone.activations > whole.activations  # 77 tokens instead of 16
+
+
+def test_what_cannot_be_estimated_is_named():
+    with pytest.raises(TypeError, match="cfg is a dict"):
+        estimate_memory(load_pipeline(), {})
+    with pytest.raises(TypeError, match="AutoencoderKL.*UNet2DConditionModel"):
+        estimate_memory(load_pipeline().vae, config_of(MaPOConfig))
+    with pytest.raises(ValueError, match="optim='adafactor'"):
+        estimate_memory(load_pipeline(), config_of(MaPOConfig, optim="adafactor"))
+
+
+def test_another_pipeline_class_in_a_folder_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(TypeError, match="KandinskyPipeline is not supported"):
+        estimate_memory(tmp_path, config_of(MaPOConfig))
