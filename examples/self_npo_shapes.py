@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     parser.add_argument("--output_dir", default="self-npo-shapes", help="where the negative model goes")
     parser.add_argument("--max_steps", type=int, default=80)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="of the pictures")
-    parser.add_argument("--beta", type=float, default=1.0, help="strength of the negative model")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of the pictures")
+    parser.add_argument("--beta", type=float, default=0.5, help="strength of the negative model")
     parser.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
     options = parser.parse_args(argv)
 
