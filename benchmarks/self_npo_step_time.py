@@ -92,8 +92,8 @@ def main() -> None:
         f"mean of {STEPS} steps taken in turns in one process. One forward is that of {BATCH_SIZE} samples; a MaPO "
         f"step on {BATCH_SIZE} pairs takes {mapo_forwards:.1f}. Implied: (K + 1) teacher evaluations, twice with "
         "guidance, and half a MaPO step. Less than implied is possible, because trajectories that reach their end "
-        "take fewer steps. The moving teacher's update, about 0.2 forwards of so small a model, is in the measured step "
-        "and not in what K implies; it weighs most where K is small.",
+        "take fewer steps. The moving teacher's update, about 0.2 forwards of so small a model, is in the "
+        "measured step and not in what K implies; it weighs most where K is small.",
         "",
         "| run | forwards | implied by K | ratio | in MaPO steps |",
         "|---|---|---|---|---|",
