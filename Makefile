@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark weights clean
+.PHONY: demo test lint docs benchmark weights clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +20,11 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The page that is made from a table in the code.
+docs: .venv/installed
+	$(BIN)/python -c "from trl_diffusion_pref.trainer.published import hyperparameters_page as page; print(page(), end='')" \
+		> docs/hyperparameters.md
 
 # The tables in benchmarks/results; not part of CI.
 benchmark: .venv/installed

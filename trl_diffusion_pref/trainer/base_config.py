@@ -155,6 +155,13 @@ class DiffusionPreferenceConfig(_BaseConfig):
         if self.eval_draws < 0:
             raise ValueError(f"eval_draws={self.eval_draws}: it must be 0 or more.")
 
+    def check_filled_in(self) -> None:
+        """Checks the options that depend on the model; trainers call it when those that were None have their values.
+
+        Raises:
+            ValueError: A value is outside its range.
+        """
+
     def _check_choices(self, *names: str) -> None:
         for name in names:
             value, choices = getattr(self, name), self.__dataclass_fields__[name].metadata["choices"]

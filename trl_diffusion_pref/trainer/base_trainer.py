@@ -95,10 +95,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self._check_datasets(train_dataset, eval_dataset)
         self.pipeline = self._load_pipeline(model, args)
         self.family = family_for(self.pipeline)
-        for name, value in published(self._name, self.family.pipeline_class).values.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
         self.noise_process = self.make_noise_process(args)
+        self._fill_in(args)
         base = self._base_denoiser()
         self._base_model = self._hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
@@ -231,6 +229,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         return args
+
+    def _fill_in(self, args: DiffusionPreferenceConfig) -> None:
+        """Gives the options that depend on the model, and that the user left out, the model's values."""
+        flow = isinstance(self.noise_process, RectifiedFlow)
+        for name, value in published(self._name, self.family.pipeline_class, flow=flow).values.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.check_filled_in()
 
     def _load_pipeline(self, model: Any, args: DiffusionPreferenceConfig) -> DiffusionPipeline:
         if not isinstance(model, (str, os.PathLike)):

@@ -19,12 +19,13 @@ class DiffusionDPOConfig(PairwiseConfig):
 
     > Parameters that control the loss
 
-        beta (`float`, *optional*, defaults to `5000.0`):
-            Strength of the tie to the reference, in the convention of the authors' code: errors are means over the
-            latent's elements and the pair's logit is `-(beta/2) ((l_w - l_l) - (r_w - r_l))`. Released: 5000 (SD 1.5
-            and SDXL); the paper's main runs 2000; good range there 2000 to 5000. See docs/diffusion_dpo.md for other
-            conventions. `loss_type="dspo"` wants 0.001. For flow models (Flow-DPO) the paper has 500 and searched 100
-            to 8000, flow_grpo's code for SD 3.5 has 100: set it.
+        beta (`float`, *optional*):
+            Strength of the tie to the reference, positive. Default: the model's, see docs/hyperparameters.md. In the
+            convention of the authors' code: errors are means over the latent's elements and the pair's logit is
+            `-(beta/2) ((l_w - l_l) - (r_w - r_l))`. Released: 5000 (SD 1.5 and SDXL); the paper's main runs 2000;
+            good range there 2000 to 5000. For flow models (Flow-DPO) the paper has 500, for video, and searched 100
+            to 8000; flow_grpo's code for SD 3.5 has 100. The defaults are for `"sigmoid"`: `loss_type="dspo"` wants
+            0.001. See docs/diffusion_dpo.md for other conventions.
         beta_schedule (`str`, *optional*, defaults to `"constant"`):
             How beta depends on a pair's time t: `"constant"`, or `"flow"`, `beta (1 - t)^2`, for flow models alone.
             The second is what Flow-DPO's derivation gives (arXiv 2501.13918); the paper and the released code train
@@ -79,23 +80,24 @@ class DiffusionDPOConfig(PairwiseConfig):
 
     > Parameters whose default is the authors'
 
-        learning_rate (`float`, *optional*, defaults to `2e-5`):
-            The released launchers' 1e-8 times accumulation, batch and processes, 2.048e-5, at 2,048 pairs a step, for
-            2,000 steps with 500 (SDXL: 200) steps of warm-up. (The paper prints a value a thousand times smaller,
-            which others found to train too little.) At smaller batches use less.
+        learning_rate (`float`, *optional*):
+            Default: the model's, see docs/hyperparameters.md. For SD 1.5 and SDXL 2e-5: the released launchers' 1e-8
+            times accumulation, batch and processes, 2.048e-5, at 2,048 pairs a step, for 2,000 steps with 500 (SDXL:
+            200) steps of warm-up. (The paper prints a value a thousand times smaller, which others found to train too
+            little.) At smaller batches use less.
         prompt_dropout (`float`, *optional*, defaults to `0.2`):
             Released code.
 
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]: those of [`DiffusionPreferenceConfig`],
-    > `learning_rate=2e-5`, `weight_decay=1e-2`, `prompt_dropout=0.2` (released code).
+    > `learning_rate`, `weight_decay=1e-2`, `prompt_dropout=0.2` (released code).
     """
 
-    beta: float = field(
-        default=5000.0,
+    beta: float | None = field(
+        default=None,
         metadata={
             "help": "Strength of the tie to the reference, for errors that are means and a logit with the factor 1/2. "
-            "Released code: 5000; paper: 2000 to 5000."
+            "Default: the model's, see docs/hyperparameters.md."
         },
     )
     beta_schedule: str = field(
@@ -145,7 +147,10 @@ class DiffusionDPOConfig(PairwiseConfig):
         default=0.25, metadata={"help": "By how much, relative to the reference's error, it may rise."}
     )
     divergence_window: int = field(default=5, metadata={"help": "Steps over which the guard averages."})
-    learning_rate: float = field(default=2e-5, metadata={"help": "The initial learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The initial learning rate. Default: the model's, see docs/hyperparameters.md."},
+    )
     weight_decay: float = field(
         default=1e-2, metadata={"help": "Weight decay of matrices; norms and biases have none."}
     )
@@ -155,7 +160,7 @@ class DiffusionDPOConfig(PairwiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_diffusion_dpo_options(self.loss_type, self.beta, self.label_smoothing, self.dmpo_alpha, self.margin_clip)
+        self.check_filled_in()
         self._check_choices("reference", "divergence_guard", "beta_schedule")
         if self.beta_schedule == "flow" and self.loss_type.startswith("dspo"):
             raise ValueError(
@@ -187,3 +192,8 @@ class DiffusionDPOConfig(PairwiseConfig):
             )
         if self.reference_errors_dir is not None and self.reference != "precomputed":
             raise ValueError("reference_errors_dir belongs to reference='precomputed'.")
+
+    def check_filled_in(self) -> None:
+        # While beta is None, any that is allowed stands for it, so that the other options are checked.
+        beta = 1.0 if self.beta is None else self.beta
+        check_diffusion_dpo_options(self.loss_type, beta, self.label_smoothing, self.dmpo_alpha, self.margin_clip)

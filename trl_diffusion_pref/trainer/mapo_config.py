@@ -25,13 +25,14 @@ class MaPOConfig(PairwiseConfig):
 
     > Parameters whose default is the authors'
 
-        learning_rate (`float`, *optional*, defaults to `1e-5`):
-            The released code's README uses 1e-5, constant, for SDXL, full and LoRA, 2,000 steps at 16 pairs and more;
-            the paper's second version 1e-7 with a cosine schedule at 2,048 pairs a step.
+        learning_rate (`float`, *optional*):
+            Default: the model's, see docs/hyperparameters.md; 1e-5 for all so far. The released code's README uses
+            1e-5, constant, for SDXL, full and LoRA, 2,000 steps at 16 pairs and more; the paper's second version 1e-7
+            with a cosine schedule at 2,048 pairs a step.
 
     > [!NOTE]
     > Defaults that differ from [`~transformers.TrainingArguments`]: those of [`DiffusionPreferenceConfig`] and
-    > `learning_rate=1e-5`, `weight_decay=1e-2` (released code).
+    > `learning_rate`, `weight_decay=1e-2` (released code).
     """
 
     beta: float = field(
@@ -49,7 +50,10 @@ class MaPOConfig(PairwiseConfig):
             "choices": list(MAPO_LOSS_TYPES),
         },
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "The initial learning rate. Default: the model's, see docs/hyperparameters.md."},
+    )
     weight_decay: float = field(
         default=1e-2, metadata={"help": "Weight decay of matrices; norms and biases have none."}
     )
