@@ -1,4 +1,4 @@
-"""What training must hold for every family of images, on tiny pipelines of the real classes: see `tiny.CASES`."""
+"""What training must hold for every family, on tiny pipelines of the real classes: see `tiny.CASES`."""
 
 import math
 from pathlib import Path
@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 from conftest import weights_of
-from datasets import Dataset
+from datasets import Dataset, Features, Image, List, Value
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
+from PIL import Image as PILImage
 from test_contract import PROMPTS, Recorder
 from torch import Tensor, nn
 
@@ -26,13 +27,29 @@ from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.shapes import preference_pairs
 
 
-every_image_family = pytest.mark.parametrize("name", tiny.IMAGE_CASES)
+# One of CogVideoX's two generations trains as the other.
+TRAINED = [*tiny.IMAGE_CASES, "wan", "cogvideox"]
+every_family = pytest.mark.parametrize("name", TRAINED)
 full_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 
 
-@pytest.fixture(scope="module")
-def pairs() -> Dataset:
-    return preference_pairs(4, seed=7)
+@pytest.fixture
+def pairs(name) -> Dataset:
+    """Pairs of what the case's pipeline generates."""
+    case = tiny.CASES[name]
+    if name in tiny.IMAGE_CASES:
+        return preference_pairs(4, seed=7)
+    samples = [case.pixels(batch=4, seed=seed) for seed in (1, 2)]
+    columns = [[_clip(sample) for sample in column] for column in samples]
+    kind = List(Image())
+    features = Features({"prompt": Value("string"), "chosen": kind, "rejected": kind})
+    rows = {"prompt": ["a cat", "a dog"] * 2, "chosen": columns[0], "rejected": columns[1]}
+    return Dataset.from_dict(rows, features=features)
+
+
+def _clip(pixels: Tensor) -> list[PILImage.Image]:
+    frames = ((pixels + 1) * 127.5).round().byte().permute(1, 2, 3, 0)
+    return [PILImage.fromarray(frame.numpy()) for frame in frames]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +59,7 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def options(tmp_path, cache):
+def options(name, tmp_path, cache):
     """Makes the options of a run of two steps."""
 
     def make(**more) -> dict[str, Any]:
@@ -53,6 +70,7 @@ def options(tmp_path, cache):
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
             "resolution": 16,
+            "num_frames": tiny.CASES[name].frames,
             "save_strategy": "no",
             "disable_tqdm": True,
             "report_to": [],
@@ -85,7 +103,7 @@ def denoiser_call(name: str) -> tuple[tuple, dict]:
     """Arguments as the pipeline's own loop passes them."""
     pipeline = tiny.build(name)
     recorder = Recorder(family_for(pipeline).denoiser(pipeline))
-    size = dict(zip(("height", "width"), tiny.CASES[name].size, strict=True))
+    size = dict(zip(("height", "width"), tiny.CASES[name].size, strict=False))
     options = {"num_inference_steps": 1, "output_type": "latent", **size, **tiny.CASES[name].call}
     pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))
     return recorder.raw[-1]
@@ -112,7 +130,7 @@ def loaded_from(folder: str, name: str, lora: bool) -> nn.Module:
 
 
 @full_and_lora
-@every_image_family
+@every_family
 def test_mapo_trains_alike_with_gradient_checkpointing_and_saves_what_loads(name, lora, pairs, options):
     runs = []
     for checkpointing in (True, False):
@@ -134,7 +152,7 @@ def test_mapo_trains_alike_with_gradient_checkpointing_and_saves_what_loads(name
 
 
 @full_and_lora
-@every_image_family
+@every_family
 def test_diffusion_dpo_begins_at_ln_2(name, lora, pairs, options):
     cfg = DiffusionDPOConfig(**options(beta=700.0, prompt_dropout=0.5))
     trainer = DiffusionDPOTrainer(tiny.build(name), cfg, pairs, peft_config=lora_config(lora))
@@ -144,11 +162,12 @@ def test_diffusion_dpo_begins_at_ln_2(name, lora, pairs, options):
 
 
 @full_and_lora
-@every_image_family
-def test_self_npo_trains_from_noise_and_from_images(name, lora, pairs, options):
+@every_family
+def test_self_npo_trains_from_noise_and_from_data(name, lora, pairs, options):
     start = "noise" if lora else "data"
     cfg = SelfNPOConfig(
         **options(start=start, teacher="ema", guidance_scale=2.0, solver_steps=4, truncated_steps=2),
     )
-    images = pairs.remove_columns("rejected").rename_column("chosen", "image")
-    train(SelfNPOTrainer(tiny.build(name), cfg, images, peft_config=lora_config(lora)))
+    pipeline = tiny.build(name)
+    samples = pairs.remove_columns("rejected").rename_column("chosen", family_for(pipeline).modality)
+    train(SelfNPOTrainer(pipeline, cfg, samples, peft_config=lora_config(lora)))
