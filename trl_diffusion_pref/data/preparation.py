@@ -1,5 +1,6 @@
 """From a row's cells to the tensors that the VAE takes: one way for images, one for clips, one for sound."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,10 +10,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image as PILImage
 from torch import Tensor
 
-from ..families import Family, VideoFamily
+from ..families import AudioFamily, Family, VideoFamily
 from .cells import check_kind, undecoded_feature
 from .clips import decode_clip
 from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .waveforms import Waveform, decode_waveform, fit, mix, resample
 
 
 class Preparation(ABC):
@@ -53,7 +55,7 @@ class Preparation(ABC):
 
     @abstractmethod
     def tensor(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> Tensor:
-        """A sample `shape`, float32 in [-1, 1]."""
+        """A sample of `shape`, float32; pixels and waveforms are in [-1, 1]."""
 
     def conditioning(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
         """`Family.image_conditioning` of a decoded cell."""
@@ -137,6 +139,57 @@ class ClipPreparation(Preparation):
         return torch.stack([prepare_image(frame, self.shape[2:], crop_at, flip) for frame in decoded], dim=1)
 
 
+class WaveformPreparation(Preparation):
+    """Sound of the rate, channels and length that the denoiser was made for."""
+
+    noun = "sound"
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: AudioFamily,
+        resolution: int | None,
+        num_frames: int | None,
+        cropped_or_mirrored: bool,
+    ) -> None:
+        super().__init__(pipeline, family)
+        _refuse_frames(num_frames, self.pipeline_class, "sound")
+        if resolution is not None or cropped_or_mirrored:
+            raise ValueError(
+                f"resolution, crop='random' and random_flip are for what is seen, and {self.pipeline_class} generates "
+                "sound. Leave them out."
+            )
+        self.shape = family.audio_size(pipeline)
+        self.rate = family.sampling_rate(pipeline)
+        self.key = (self.rate,)
+
+    def decode(self, cell: Any) -> Waveform:
+        waveform = decode_waveform(cell, self.pipeline_class)
+        # Here, since it can be refused.
+        return Waveform(mix(waveform.samples, self.shape[0]), waveform.rate, waveform.samples.shape[0])
+
+    def same(self, one: Waveform, other: Waveform) -> bool:
+        return one.rate == other.rate and torch.equal(one.samples, other.samples)
+
+    def tensor(self, decoded: Waveform, crop_at: tuple[float, float], flip: bool) -> Tensor:
+        # What is cut off in the end need not be resampled, but for a second beyond the end, which the end depends on.
+        needed = math.ceil(self.shape[1] * decoded.rate / self.rate) + decoded.rate
+        return fit(resample(decoded.samples[:, :needed], decoded.rate, self.rate), self.shape[1])
+
+    def notes(self, decoded: Waveform) -> dict[str, str]:
+        notes, (channels, length) = {}, self.shape
+        if decoded.rate != self.rate:
+            notes["rate"] = f"sound of {decoded.rate} Hz is resampled to {self.rate} Hz"
+        if decoded.channels_before != channels:
+            notes["channels"] = f"sound of {decoded.channels_before} channels is mixed to {channels}"
+        found, wanted = decoded.samples.shape[1] / decoded.rate, length / self.rate
+        # To the sample, since rates need not divide.
+        if abs(found - wanted) * self.rate >= 1:
+            what = "is cut to" if found > wanted else "is followed by silence up to"
+            notes[what] = f"sound of {found:g} s {what} {wanted:g} s"
+        return notes
+
+
 def _refuse_frames(num_frames: int | None, pipeline_class: str, generated: str) -> None:
     if num_frames is not None:
         raise ValueError(
@@ -160,7 +213,7 @@ def preparation_for(
     Raises:
         ValueError: An option that samples of this kind do not have, or a size that the model cannot take.
     """
+    if family.modality == "audio":
+        return WaveformPreparation(pipeline, family, resolution, num_frames, cropped_or_mirrored)
     kinds = {"image": ImagePreparation, "video": ClipPreparation}
-    if family.modality not in kinds:
-        raise ValueError(f"{type(pipeline).__name__} generates {family.modality}, which rows cannot hold yet.")
     return kinds[family.modality](pipeline, family, resolution, num_frames)

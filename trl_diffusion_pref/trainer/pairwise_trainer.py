@@ -33,8 +33,8 @@ class PairwiseTrainer(RowTrainer):
         args: Options; they are copied, never changed. Default: the defaults, with an output folder named after the
             model.
         train_dataset: Columns `prompt` (str), `chosen`, `rejected`: what the pipeline generates, images
-            (`datasets.Image`, or paths) or clips (lists of such frames, or files). A streamed data set is encoded as
-            it is read, any other once before training.
+            (`datasets.Image`, or paths), clips (lists of such frames, or files) or sound (`datasets.Audio`, paths, or
+            arrays). A streamed data set is encoded as it is read, any other once before training.
         eval_dataset: The same, or a dictionary of such data sets.
         data_collator: Takes encoded rows; default [`RowCollator`].
         callbacks, optimizers: As in [`~transformers.Trainer`].

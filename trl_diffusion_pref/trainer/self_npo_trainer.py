@@ -64,10 +64,10 @@ class SelfNPOTrainer(RowTrainer):
     Args:
         model, args, eval_dataset, data_collator, callbacks, optimizers, peft_config: As in [`MaPOTrainer`], with
             `args` a [`SelfNPOConfig`].
-        train_dataset: Column `prompt` (str); with `start="data"` also `image`, or `video` where the
-            pipeline generates clips. With `start="noise"` a trajectory goes
-            on over several training steps with the prompt that it began with, so that about one in six prompts of the
-            batches begins one; the others are passed over.
+        train_dataset: Column `prompt` (str); with `start="data"` also `image`, or `video` or `audio` where the
+            pipeline generates those. With `start="noise"` a trajectory goes on over several training steps with the
+            prompt that it began with, so that about one in six prompts of the batches begins one; the others are
+            passed over.
 
     Raises:
         ValueError: As [`MaPOTrainer`]; a moving teacher with sharded weights.
