@@ -2,7 +2,9 @@
 
 import io
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,10 +110,18 @@ def test_lists_of_paths_are_read_and_a_changed_frame_is_encoded_again(wan, tmp_p
     assert not torch.equal(encode(dataset, wan, tmp_path)[0]["chosen_mean"], row["chosen_mean"])
 
 
-def test_another_number_of_frames_is_another_entry_of_the_cache(wan, tmp_path):
+def test_clips_that_were_encoded_are_refused_where_another_number_of_frames_is_wanted(wan, tmp_path):
     encode(clip_pairs([frames(0)], [frames(1)]), wan, tmp_path)
     with pytest.raises(ValueError, match="row 0, column 'chosen': found 5 frames, wanted 9"):
         encode(clip_pairs([frames(0)], [frames(1)]), wan, tmp_path, EncodingOptions(resolution=16, num_frames=9))
+
+
+def test_another_size_of_the_pipeline_is_another_entry_of_the_cache(tmp_path):
+    pipeline, nine = tiny.build("cogvideox"), [frames(seed, count=9) for seed in (0, 1)]
+    dataset = clip_pairs(nine[:1], nine[1:])
+    assert encode(dataset, pipeline, tmp_path, EncodingOptions())[0]["chosen_mean"].shape == (4, 3, 2, 4)
+    pipeline.transformer.register_to_config(sample_height=4)
+    assert encode(dataset, pipeline, tmp_path, EncodingOptions())[0]["chosen_mean"].shape == (4, 3, 4, 4)
 
 
 def test_streamed_clips_have_the_same_latents(wan, tmp_path):
@@ -167,6 +177,30 @@ def test_a_video_file_without_a_decoder_says_what_to_do(wan, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(CellProblem, match="Pass the clip as a list of frames, or install PyAV"):
         preparation_for(wan, family_for(wan), 16, FRAMES).decode(MP4)
+
+
+class StandInForPyAV:
+    """What is used of PyAV: a film of so many frames."""
+
+    def __init__(self, count: int) -> None:
+        self.frames = frames(0, count=count)
+
+    @contextmanager
+    def open(self, file):
+        assert file.read() == MP4["bytes"]
+        yield self
+
+    def decode(self, video: int):
+        return [SimpleNamespace(to_image=lambda frame=frame: frame) for frame in self.frames]
+
+
+def test_a_video_file_s_frames_are_pyav_s(wan, monkeypatch):
+    decode = preparation_for(wan, family_for(wan), 16, FRAMES).decode
+    monkeypatch.setitem(sys.modules, "av", StandInForPyAV(FRAMES))
+    assert [frame.tobytes() for frame in decode(MP4)] == [frame.tobytes() for frame in frames(0)]
+    monkeypatch.setitem(sys.modules, "av", StandInForPyAV(FRAMES + 3))
+    with pytest.raises(CellProblem, match="found 8 frames, wanted 5"):
+        decode(MP4)
 
 
 def test_columns_of_another_kind_are_refused_by_row(wan, tiny_pipeline, tmp_path):
