@@ -1,4 +1,4 @@
-"""From rows with a prompt and two images to batches of latents and prompt embeddings, encoded once."""
+"""From rows with a prompt and two samples to batches of latents and prompt embeddings, encoded once."""
 
 from .collator import RowCollator, conditioning_of
 from .columns import PAIR_COLUMNS, check_columns, column_names, dataset_fingerprint
@@ -14,6 +14,7 @@ from .encoding import (
     uncropped_conditioning,
 )
 from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
+from .preparation import preparation_for
 from .prompts import PromptTable, cut_prompts, encode_prompt_table, text_fingerprint, truncation_report
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "on_device",
     "pair_conditioning",
     "pair_latents",
+    "preparation_for",
     "stream_rows",
     "text_fingerprint",
     "truncation_report",

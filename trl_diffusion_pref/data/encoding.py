@@ -1,4 +1,4 @@
-"""Encodes a data set's images once, to latent posteriors, in `datasets`' cache; and streams the same."""
+"""Encodes a data set's samples once, to latent posteriors, in `datasets`' cache; and streams the same."""
 
 import logging
 import os
@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
-from PIL import Image as PILImage
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
+from .cells import CellProblem, paths_outside
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
-from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .preparation import Preparation, preparation_for
 from .prompts import truncation_report, without_truncation_messages
 
 
@@ -47,19 +46,35 @@ class EncodingOptions:
     """What decides the encoded values, besides the weights.
 
     Args:
-        resolution: Side length in pixels.
+        resolution: Side length in pixels of images, shorter side of clips; None for what the pipeline generates.
         crop: "center" or "random" (one place per pair, drawn once from the seed and the row).
         random_flip: Whether each pair is mirrored with probability 1/2 (one decision per pair, likewise).
         seed: Of these draws.
-        image_columns: The columns that hold images. They are encoded alike, with the same crop and flip within a row;
-            none where prompts are all there is.
+        image_columns: The columns that hold images, clips or sound. They are encoded alike, with the same crop and
+            flip within a row; none where prompts are all there is.
+        num_frames: Of a clip; None for what the pipeline generates.
     """
 
-    resolution: int
+    resolution: int | None = None
     crop: str = "center"
     random_flip: bool = False
     seed: int = 0
     image_columns: tuple[str, ...] = ("chosen", "rejected")
+    num_frames: int | None = None
+
+    def preparation(self, pipeline: DiffusionPipeline, family: Family) -> Preparation:
+        """How these options make samples of cells for a pipeline.
+
+        Raises:
+            ValueError: An option that samples of this kind do not have.
+        """
+        return preparation_for(
+            pipeline,
+            family,
+            self.resolution,
+            self.num_frames,
+            cropped_or_mirrored=self.crop == "random" or self.random_flip,
+        )
 
 
 @contextmanager
@@ -91,15 +106,18 @@ class _RowEncoder:
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
+        self.preparation = options.preparation(pipeline, family)
         self._reported_truncation = False
+        self._said: set[str] = set()
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
         # Made here and not kept: data loader workers get this object by pickling or by forking.
         with ThreadPoolExecutor(max_workers=4) as pool:
             cells = [batch[column] for column in self.options.image_columns]
-            prepared = list(pool.map(self._prepare_images, rows, zip(*cells, strict=True))) if cells else []
+            prepared = list(pool.map(self._prepare_row, rows, zip(*cells, strict=True))) if cells else []
         raise_row_problems([problem for row in prepared for problem in row.problems], self.what)
+        self._say_once([note for row in prepared for note in row.notes])
         encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
         encoded |= {name: batch[name] for name in self.extra_columns}
         for index, column in enumerate(self.options.image_columns):
@@ -133,97 +151,110 @@ class _RowEncoder:
             logger.warning("%s is streamed, and so far: %s", self.what, report)
             self._reported_truncation = True
 
-    def _prepare_images(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
+    def _say_once(self, notes: list[tuple[str, str]]) -> None:
+        for kind, text in notes:
+            if kind not in self._said:
+                self._said.add(kind)
+                logger.warning("%s: %s", self.what, text)
+
+    def _prepare_row(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
         rng = np.random.default_rng([self.options.seed, row])
         crop_at = tuple(rng.random(2)) if self.options.crop == "random" else (0.5, 0.5)
         flip = self.options.random_flip and bool(rng.random() < 0.5)
-        problems, images = [], []
+        problems, decoded, notes = [], [], []
         for column, cell in zip(self.options.image_columns, cells, strict=True):
             try:
-                images.append(decode_image(cell))
-            except ImageProblem as problem:
+                decoded.append(self.preparation.decode(cell))
+            except CellProblem as problem:
                 problems.append(f"row {row}, column '{column}': {problem}")
-        if not problems and len(images) == 2 and _same(*images):
+                continue
+            changes = self.preparation.notes(decoded[-1])
+            notes += [(kind, f"{text} (first in row {row}, column '{column}')") for kind, text in changes.items()]
+        if not problems and len(decoded) == 2 and self.preparation.same(*decoded):
             names = " and ".join(repr(column) for column in self.options.image_columns)
-            problems.append(f"row {row}, columns {names}: the same image, so there is no preference")
+            problems.append(f"row {row}, columns {names}: the same {self.preparation.noun}, so there is no preference")
         if problems:
-            return _PreparedRow(problems, [], [])
-        resolution = self.options.resolution
+            return _PreparedRow(problems, [], [], [])
         return _PreparedRow(
             problems,
-            [prepare_image(image, resolution, crop_at, flip) for image in images],
-            [
-                self.family.image_conditioning(
-                    self.pipeline,
-                    (image.height, image.width),
-                    crop_top_left(image.size, resolution, crop_at, flip),
-                    (resolution, resolution),
-                )
-                for image in images
-            ],
+            [self.preparation.tensor(sample, crop_at, flip) for sample in decoded],
+            [self.preparation.conditioning(sample, crop_at, flip) for sample in decoded],
+            notes,
         )
 
 
 @dataclass(frozen=True)
 class _PreparedRow:
-    """One row's images `(3, resolution, resolution)` and their conditioning; only problems where there are any."""
+    """One row's samples, of `Preparation.shape`, their conditioning, and notes (kind, text); or only problems."""
 
     problems: list[str]
     images: list[torch.Tensor]
     conditioning: list[dict[str, torch.Tensor]]
-
-
-def _same(one: PILImage.Image, other: PILImage.Image) -> bool:
-    return one.size == other.size and one.tobytes() == other.tobytes()
+    notes: list[tuple[str, str]]
 
 
 def _undecoded(
-    dataset: Dataset | IterableDataset, image_columns: tuple[str, ...], extra_columns: tuple[str, ...]
+    dataset: Dataset | IterableDataset,
+    preparation: Preparation,
+    image_columns: tuple[str, ...],
+    extra_columns: tuple[str, ...],
 ) -> Dataset | IterableDataset:
-    """The columns needed, images as bytes or paths, so that decoding errors are ours to explain."""
+    """The columns needed, samples as bytes or paths, so that decoding errors are ours to explain."""
     dataset = dataset.select_columns(["prompt", *image_columns, *extra_columns])
     # A stream may not know its columns' types before it is read; its cells are then taken as they come.
     if dataset.features is None:
         return dataset
     for column in image_columns:
-        dataset = dataset.cast_column(column, Image(decode=False))
+        wanted = preparation.feature(dataset.features[column])
+        if wanted != dataset.features[column]:
+            dataset = dataset.cast_column(column, wanted)
     return dataset
 
 
 def _file_stamps(undecoded: Dataset, image_columns: tuple[str, ...]) -> list[tuple[str, int, int]]:
-    """Path, time of change and size of images in files of their own, which a data set's fingerprint misses.
+    """Path, time of change and size of samples in files of their own, which a data set's fingerprint misses.
 
-    Looks at the whole Arrow table, also where the data set is a selection of it: that copies no image bytes.
+    Looks at the whole Arrow table, also where the data set is a selection of it: that copies no bytes.
     """
     stamps = []
     for column in image_columns:
-        cells = undecoded.data.column(column)
-        outside = pc.fill_null(pc.is_null(pc.struct_field(cells, "bytes")), False)
-        for path in pc.filter(pc.struct_field(cells, "path"), outside).to_pylist():
-            if path and os.path.isfile(path):
+        for path in paths_outside(undecoded.data.column(column)):
+            if os.path.isfile(path):
                 status = os.stat(path)
                 stamps.append((path, status.st_mtime_ns, status.st_size))
     return stamps
 
 
-def latent_shape(pipeline: DiffusionPipeline, family: Family, resolution: int) -> tuple[int, ...]:
-    """Shape `(C, h, w)` of the latents of a square image, found by encoding one."""
-    mean, _ = family.encode_images(pipeline, torch.zeros(1, 3, resolution, resolution))
+def latent_shape(
+    pipeline: DiffusionPipeline, family: Family, resolution: int | None = None, num_frames: int | None = None
+) -> tuple[int, ...]:
+    """Shape of the latents of one sample, found by encoding one: `(C, h, w)`, `(C, f, h, w)` of a clip.
+
+    Args:
+        resolution, num_frames: See `EncodingOptions`.
+
+    Raises:
+        ValueError: The pipeline cannot take samples of that size.
+    """
+    shape = preparation_for(pipeline, family, resolution, num_frames).shape
+    mean, _ = family.encode_images(pipeline, torch.zeros(1, *shape))
     return tuple(mean.shape[1:])
 
 
-def uncropped_conditioning(pipeline: DiffusionPipeline, family: Family, resolution: int) -> dict[str, torch.Tensor]:
-    """`Family.image_conditioning` of a square image that was neither resized nor cropped."""
-    size = (resolution, resolution)
-    return family.image_conditioning(pipeline, size, (0, 0), size)
+def uncropped_conditioning(
+    pipeline: DiffusionPipeline, family: Family, resolution: int | None = None, num_frames: int | None = None
+) -> dict[str, torch.Tensor]:
+    """`Family.image_conditioning` of a sample that was neither resized nor cropped; empty where there is none."""
+    return preparation_for(pipeline, family, resolution, num_frames).uncropped_conditioning()
 
 
 def _image_shapes(pipeline: DiffusionPipeline, family: Family, options: EncodingOptions) -> dict[str, tuple[int, ...]]:
     """Shapes of the columns that encoding makes of the image columns."""
     if not options.image_columns:
         return {}
-    shapes = dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, options.resolution))
-    for name, tensor in uncropped_conditioning(pipeline, family, options.resolution).items():
+    size = (options.resolution, options.num_frames)
+    shapes = dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, *size))
+    for name, tensor in uncropped_conditioning(pipeline, family, *size).items():
         shapes |= {image_conditioning_prefix(column) + name: tuple(tensor.shape) for column in options.image_columns}
     return shapes
 
@@ -264,12 +295,15 @@ def encode_rows(
     check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
     encoders = [weights_fingerprint(module) for module in family.encoders(pipeline)]
     images = options.image_columns
-    undecoded = _undecoded(dataset, images, extra_columns)
+    preparation = options.preparation(pipeline, family)
+    undecoded = _undecoded(dataset, preparation, images, extra_columns)
     content = [dataset_fingerprint(dataset), _file_stamps(undecoded, images), extra_columns]
     # Without random crops and flips the seed plays no part.
     used = options if options.crop == "random" or options.random_flip else replace(options, seed=0)
-    fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used)])
     shapes = _image_shapes(pipeline, family, options)
+    # What the options leave to the pipeline is in its config, not in its weights.
+    samples = [family.modality, preparation.shape, preparation.key, sorted(shapes.items())]
+    fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used), samples])
     encoded = undecoded.map(
         _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
         batched=True,
@@ -301,7 +335,8 @@ def stream_rows(
     shapes = _image_shapes(pipeline, family, options)
     for name, tensor in family.encode_unconditional(pipeline).items():
         shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
-    encoded = _undecoded(dataset, options.image_columns, extra_columns).map(
+    preparation = options.preparation(pipeline, family)
+    encoded = _undecoded(dataset, preparation, options.image_columns, extra_columns).map(
         _RowEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),
         batched=True,
         with_indices=True,

@@ -1,18 +1,17 @@
 """Decodes a pair's images and brings both to the training resolution with the same crop and flip, never stretched."""
 
-import io
-import os
 from typing import Any
 
 import numpy as np
 import torch
-from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .cells import CellProblem, as_file, open_cell
 
-class ImageProblem(Exception):
-    """A cell does not hold a usable image; the message completes "row 3, column 'chosen': ..."."""
+
+class ImageProblem(CellProblem):
+    """A cell does not hold a usable image."""
 
 
 def decode_image(cell: Any) -> Image.Image:
@@ -29,16 +28,16 @@ def decode_image(cell: Any) -> Image.Image:
     """
     if cell is None:
         raise ImageProblem("the image is None")
-    if isinstance(cell, (str, os.PathLike)):
-        cell = {"bytes": None, "path": str(cell)}
+    cell = as_file(cell)
     if not isinstance(cell, Image.Image):
-        data, path = cell.get("bytes"), cell.get("path")
-        if data is None and path is None:
+        if not isinstance(cell, dict):
+            raise ImageProblem(f"a {type(cell).__name__} is no image; pass a PIL image, a path or datasets.Image")
+        path = cell.get("path")
+        if cell.get("bytes") is None and path is None:
             raise ImageProblem("the image has neither bytes nor a path")
     try:
         if not isinstance(cell, Image.Image):
-            # xopen reads paths inside archives and on the Hub too, as datasets.Image does
-            with io.BytesIO(data) if data is not None else xopen(path, "rb") as file, Image.open(file) as opened:
+            with open_cell(cell) as file, Image.open(file) as opened:
                 opened.load()
                 cell = opened.copy()
         return _to_rgb(ImageOps.exif_transpose(cell))
@@ -63,16 +62,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _sides(target: int | tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a square's side, or of (height, width)."""
+    return (target, target) if isinstance(target, int) else (target[1], target[0])
+
+
 def _placed(
-    size: tuple[int, int], resolution: int, crop_at: tuple[float, float]
+    size: tuple[int, int], target: int | tuple[int, int], crop_at: tuple[float, float]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Width and height of the resized image, and left and top of the square in it."""
-    scale = resolution / min(size)
-    width, height = (max(resolution, round(side * scale)) for side in size)
-    return (width, height), (round((width - resolution) * crop_at[0]), round((height - resolution) * crop_at[1]))
+    """Width and height of the resized image, and left and top of the crop in it."""
+    wanted = _sides(target)
+    scale = max(side / given for side, given in zip(wanted, size, strict=True))
+    width, height = (max(side, round(given * scale)) for side, given in zip(wanted, size, strict=True))
+    return (width, height), (round((width - wanted[0]) * crop_at[0]), round((height - wanted[1]) * crop_at[1]))
 
 
-def crop_top_left(size: tuple[int, int], resolution: int, crop_at: tuple[float, float], flip: bool) -> tuple[int, int]:
+def crop_top_left(
+    size: tuple[int, int], resolution: int | tuple[int, int], crop_at: tuple[float, float], flip: bool
+) -> tuple[int, int]:
     """Where `prepare_image` cuts the square, for models that are told.
 
     Args:
@@ -84,26 +91,29 @@ def crop_top_left(size: tuple[int, int], resolution: int, crop_at: tuple[float, 
         that is the picture the model sees.
     """
     (width, _), (left, top) = _placed(size, resolution, crop_at)
-    return top, width - resolution - left if flip else left
+    return top, width - _sides(resolution)[0] - left if flip else left
 
 
-def prepare_image(image: Image.Image, resolution: int, crop_at: tuple[float, float], flip: bool) -> Tensor:
-    """Scales the short side to `resolution`, cuts a square, optionally mirrors it.
+def prepare_image(
+    image: Image.Image, resolution: int | tuple[int, int], crop_at: tuple[float, float], flip: bool
+) -> Tensor:
+    """Scales an image until it just covers the result, cuts what stands over, optionally mirrors it.
 
     Args:
         image: RGB.
-        resolution: Side length of the result in pixels.
-        crop_at: Where the square lies in what can be cut away, horizontally and vertically, each in [0, 1]; 0.5 is the
+        resolution: Side length of the square result in pixels, or its height and width.
+        crop_at: Where the crop lies in what can be cut away, horizontally and vertically, each in [0, 1]; 0.5 is the
             centre. The same value gives corresponding crops of two images of different shapes.
         flip: Whether to mirror left to right.
 
     Returns:
-        `(3, resolution, resolution)` float32 in [-1, 1].
+        `(3, height, width)` float32 in [-1, 1].
     """
     (width, height), (left, top) = _placed(image.size, resolution, crop_at)
+    wanted = _sides(resolution)
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = image.crop((left, top, left + wanted[0], top + wanted[1]))
     if flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0

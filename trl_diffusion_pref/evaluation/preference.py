@@ -120,6 +120,7 @@ def preference_accuracy(
     seed: int = 0,
     batch_size: int = 8,
     resolution: int | None = None,
+    num_frames: int | None = None,
     cache_folder: str | Path | None = None,
 ) -> PreferenceAccuracy:
     """Accuracy of any pipeline on held-out pairs, without a trainer.
@@ -132,7 +133,8 @@ def preference_accuracy(
         shared: Whether both images of a pair get the same noise and times.
         seed: Of noise and times.
         batch_size: Pairs at once.
-        resolution: Side length in pixels; default what the pipeline generates.
+        resolution: Side length in pixels, of clips the shorter side; default what the pipeline generates.
+        num_frames: Of clips; default what the pipeline generates.
         cache_folder: Keeps encoded pairs; default a temporary folder.
 
     Raises:
@@ -145,7 +147,7 @@ def preference_accuracy(
         raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cache_folder or temporary)
-        options = EncodingOptions(resolution=resolution or family.resolution(pipeline))
+        options = EncodingOptions(resolution=resolution, num_frames=num_frames)
         with on_device(pipeline, family, family.denoiser(pipeline).device):
             common = {"cache_folder": folder, "batch_size": batch_size}
             report = truncation_report(dataset["prompt"], pipeline, family)

@@ -181,6 +181,25 @@ class VideoFamily(Family):
         """The shorter side of a clip."""
         return min(self.video_size(pipeline)[1:])
 
+    def scaled_size(self, pipeline: DiffusionPipeline, shorter: int) -> tuple[int, int]:
+        """Height and width of clips with another shorter side, in the shape of those that the pipeline generates.
+
+        The longer side is rounded to whole patches of the denoiser.
+
+        Raises:
+            ValueError: The shorter side is not a whole number of patches.
+        """
+        patch = self.denoiser(pipeline).config.patch_size
+        step = pipeline.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
+        if shorter % step:
+            raise ValueError(
+                f"resolution={shorter}: the shorter side of {type(pipeline).__name__}'s clips must be a multiple of "
+                f"{step} pixels. Take {max(shorter // step, 1) * step}."
+            )
+        _, *size = self.video_size(pipeline)
+        height, width = (max(round(side * shorter / min(size) / step), 1) * step for side in size)
+        return height, width
+
     @staticmethod
     def check_clips(pipeline: DiffusionPipeline, pixels: Tensor) -> None:
         """Refuses what the VAE would cut short or mistake.

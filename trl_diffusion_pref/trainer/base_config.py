@@ -24,8 +24,11 @@ class DiffusionPreferenceConfig(_BaseConfig):
     > Parameters that control the data
 
         resolution (`int`, *optional*):
-            Side length in pixels of the square that every image is scaled and cropped to. Default: what the pipeline
-            generates.
+            Side length in pixels of the square that every image is scaled and cropped to; of clips the shorter side.
+            Default: what the pipeline generates.
+        num_frames (`int`, *optional*):
+            Frames that every clip must have. Default: what the pipeline generates. Refused where it generates no
+            clips.
         crop (`str`, *optional*, defaults to `"center"`):
             Where the square is cut from an image that is not one: `"center"`, or `"random"`, one relative place for
             both images of a pair, drawn once at encoding.
@@ -69,6 +72,9 @@ class DiffusionPreferenceConfig(_BaseConfig):
     resolution: int | None = field(
         default=None,
         metadata={"help": "Side length in pixels of the training images. Default: what the pipeline generates."},
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Frames of the training clips. Default: what the pipeline generates."}
     )
     crop: str = field(
         default="center",
@@ -144,6 +150,8 @@ class DiffusionPreferenceConfig(_BaseConfig):
         self._check_choices("crop", "latent_sampling")
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(f"resolution={self.resolution} pixels: it must be positive.")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"num_frames={self.num_frames}: it must be at least 1.")
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout={self.prompt_dropout} is outside [0, 1).")
         if self.encode_batch_size < 1:

@@ -252,9 +252,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         return name if name and not os.path.isdir(name) else None
 
     def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
-        """Of the images that are trained on."""
-        resolution = args.resolution or self.family.resolution(self.pipeline)
-        return self.family.image_tokens(latent_shape(self.pipeline, self.family, resolution))
+        """Of the samples that are trained on."""
+        return self.family.image_tokens(latent_shape(self.pipeline, self.family, args.resolution, args.num_frames))
 
     def _base_denoiser(self) -> nn.Module:
         """The denoiser as it was passed; an adapter that `PeftModel` wraps around it is kept for `_make_trainable`."""

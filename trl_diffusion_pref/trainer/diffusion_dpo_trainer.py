@@ -193,7 +193,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "prompts": self.text_fingerprint,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(training_times=True),
-            "resolution": self.args.resolution or self.family.resolution(self.pipeline),
+            # Of the samples, channels first: what the data's own fingerprint says too, but not in words.
+            "resolution": list(self.sample_shape(self.args)),
             "seed": self.args.seed,
             "draws": draws,
             "prompt_dropout": prompt_dropout,

@@ -32,8 +32,9 @@ class PairwiseTrainer(RowTrainer):
             tuned weights or the LoRA. One that carries an adapter (`load_lora_weights`) goes on training that adapter.
         args: Options; they are copied, never changed. Default: the defaults, with an output folder named after the
             model.
-        train_dataset: Columns `prompt` (str), `chosen`, `rejected` (`datasets.Image`, or paths). A streamed data set
-            is encoded as it is read, any other once before training.
+        train_dataset: Columns `prompt` (str), `chosen`, `rejected`: what the pipeline generates, images
+            (`datasets.Image`, or paths), clips (lists of such frames, or files) or sound (`datasets.Audio`, paths, or
+            arrays). A streamed data set is encoded as it is read, any other once before training.
         eval_dataset: The same, or a dictionary of such data sets.
         data_collator: Takes encoded rows; default [`RowCollator`].
         callbacks, optimizers: As in [`~transformers.Trainer`].

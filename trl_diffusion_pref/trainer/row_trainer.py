@@ -1,4 +1,4 @@
-"""Trainers on rows of prompts and images: encodes them, and keys the random numbers of each sample. Knows no loss."""
+"""Trainers on rows of prompts and samples: encodes them, and keys the random numbers of each sample. Knows no loss."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..data import (
     encode_prompt_table,
     encode_rows,
     latent_columns,
+    preparation_for,
     stream_rows,
     text_fingerprint,
     truncation_report,
@@ -29,7 +30,7 @@ logger = get_logger(__name__)
 
 
 class RowTrainer(DiffusionPreferenceTrainer):
-    """Trainer on rows with a prompt and the images that `image_columns` names."""
+    """Trainer on rows with a prompt and the images, clips or sound that `image_columns` names."""
 
     image_columns: tuple[str, ...] = ()
     prompt_table: PromptTable | None = None
@@ -73,7 +74,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
         self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
     ) -> Dataset | IterableDataset:
         options = EncodingOptions(
-            resolution=args.resolution or self.family.resolution(self.pipeline),
+            resolution=args.resolution,
+            num_frames=args.num_frames,
             crop=args.crop,
             random_flip=args.random_flip,
             seed=args.data_seed,
@@ -89,6 +91,10 @@ class RowTrainer(DiffusionPreferenceTrainer):
         return encode_rows(
             dataset, self.pipeline, self.family, options, cache_folder=self._cache_folder(args), **common
         )
+
+    def sample_shape(self, args: DiffusionPreferenceConfig) -> tuple[int, ...]:
+        """Of one sample as the VAE takes it, without the batch."""
+        return preparation_for(self.pipeline, self.family, args.resolution, args.num_frames).shape
 
     def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
         """Numeric columns that reach the batch besides prompt and images."""

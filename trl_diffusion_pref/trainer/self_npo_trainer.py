@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..data import conditioning_of, drop_prompts, latent_shape, uncropped_conditioning
+from ..data import (
+    check_columns,
+    column_names,
+    conditioning_of,
+    drop_prompts,
+    latent_shape,
+    uncropped_conditioning,
+)
 from ..losses import self_npo_loss
 from ..randomness import generator_for
 from ..trajectories import advance, clean_estimate, combine_guidance
@@ -22,6 +30,9 @@ from .trajectory_pool import TrajectoryPool
 
 
 logger = get_logger(__name__)
+
+# With start="data": the column with the samples, by what the pipeline generates.
+_DATA_COLUMNS = {"image": "image", "video": "video", "audio": "audio"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,10 @@ class SelfNPOTrainer(RowTrainer):
     Args:
         model, args, eval_dataset, data_collator, callbacks, optimizers, peft_config: As in [`MaPOTrainer`], with
             `args` a [`SelfNPOConfig`].
-        train_dataset: Column `prompt` (str); with `start="data"` also `image`. With `start="noise"` a trajectory goes
-            on over several training steps with the prompt that it began with, so that about one in six prompts of the
-            batches begins one; the others are passed over.
+        train_dataset: Column `prompt` (str); with `start="data"` also `image`, or `video` or `audio` where the
+            pipeline generates those. With `start="noise"` a trajectory goes on over several training steps with the
+            prompt that it began with, so that about one in six prompts of the batches begins one; the others are
+            passed over.
 
     Raises:
         ValueError: As [`MaPOTrainer`]; a moving teacher with sharded weights.
@@ -82,6 +94,8 @@ class SelfNPOTrainer(RowTrainer):
     sample_name = "trajectories"
     _tag_names = ["trl", "trl-diffusion-pref", "self-npo"]
     _name = "Self-NPO"
+    # Whether `image_columns` is the pipeline's, or still a guess.
+    _column_known = False
     _paper = {
         "title": "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning",
         "id": "2505.11777",
@@ -97,7 +111,7 @@ class SelfNPOTrainer(RowTrainer):
 
     def _own_args(self, args: SelfNPOConfig | None, model: Any) -> SelfNPOConfig:
         args = super()._own_args(args, model)
-        self.image_columns = ("image",) if args.start == "data" else ()
+        self.image_columns = (_DATA_COLUMNS["image"],) if args.start == "data" else ()
         return args
 
     def _make_teacher(self) -> Reference:
@@ -114,15 +128,27 @@ class SelfNPOTrainer(RowTrainer):
         # In half precision a step of 1 - decay would be rounded away.
         return FrozenModel(module.float() if moves else module, self.accelerator)
 
+    def check_dataset(self, dataset: Any, what: str) -> None:
+        if not self._column_known and self.image_columns and isinstance(dataset, (Dataset, IterableDataset)):
+            # A pipeline given by name is loaded after this, and only then it is known which column it must be.
+            columns = column_names(dataset)
+            found = next((name for name in _DATA_COLUMNS.values() if name in columns), "image")
+            check_columns(dataset, what, ("prompt", found))
+        else:
+            super().check_dataset(dataset, what)
+
     def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
+        if self.image_columns and not self._column_known:
+            self.image_columns, self._column_known = (_DATA_COLUMNS[self.family.modality],), True
+            self._check_datasets(train_dataset, eval_dataset)
         super()._prepare_encoding(args, train_dataset, eval_dataset)
-        resolution = args.resolution or self.family.resolution(self.pipeline)
-        self.latent_shape = latent_shape(self.pipeline, self.family, resolution)
+        size = (args.resolution, args.num_frames)
+        self.latent_shape = latent_shape(self.pipeline, self.family, *size)
         self.empty_prompt = {name: tensor.to(args.device) for name, tensor in self.prompt_table([""]).items()}
         # Of trajectories that begin at noise, as the pipeline draws them.
         self.drawn_conditioning = {
             name: tensor.to(args.device)
-            for name, tensor in uncropped_conditioning(self.pipeline, self.family, resolution).items()
+            for name, tensor in uncropped_conditioning(self.pipeline, self.family, *size).items()
         }
 
     def start_of_training(self, resumed_from: Path | None) -> None:
@@ -184,9 +210,10 @@ class SelfNPOTrainer(RowTrainer):
 
     def _from_data(self, inputs: dict[str, Tensor], draws: _Draws, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noised images at random places of the grid, and how far each advances."""
-        latents = inputs["image_mean"].float()
+        column = self.image_columns[0]
+        latents = inputs[f"{column}_mean"].float()
         if self.args.latent_sampling == "sample":
-            latents = latents + inputs["image_std"].float() * draws.posterior_noise
+            latents = latents + inputs[f"{column}_std"].float() * draws.posterior_noise
         position = 1 + (draws.start * self.args.solver_steps).long()
         x = self.noise_process.corrupt(latents, draws.start_noise, times[position])
         return x, position, torch.full_like(position, self.args.truncated_steps)
@@ -222,7 +249,7 @@ class SelfNPOTrainer(RowTrainer):
     def _conditioning(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the prompts, and of the images as they were prepared or as they are drawn."""
         if self.args.start == "data":
-            return conditioning_of(inputs, "image")
+            return conditioning_of(inputs, self.image_columns[0])
         count = len(inputs["row"])
         drawn = {name: tensor.expand(count, *tensor.shape) for name, tensor in self.drawn_conditioning.items()}
         return conditioning_of(inputs) | drawn

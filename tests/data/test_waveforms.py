@@ -1,0 +1,207 @@
+"""Sound as samples: decoding, bringing it to the pipeline's rate, channels and length, encoding."""
+
+import io
+import logging
+import math
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import png
+from datasets import Audio, Dataset
+from PIL import Image as PILImage
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+import tiny  # noqa: E402
+
+from trl_diffusion_pref.data import EncodingOptions, encode_rows, latent_shape, preparation_for  # noqa: E402
+from trl_diffusion_pref.data.cells import CellProblem  # noqa: E402
+from trl_diffusion_pref.data.waveforms import decode_waveform, fit, mix, resample  # noqa: E402
+from trl_diffusion_pref.families import family_for  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def stable_audio():
+    """Two channels, 128 samples at 16 Hz."""
+    return tiny.build("stable_audio")
+
+
+def wav(values: np.ndarray, rate: int = 16, width: int = 2) -> bytes:
+    """A PCM file of integers `(samples, channels)`."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(values.shape[1])
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(b"".join(int(value).to_bytes(width, "little", signed=width > 1) for value in values.flat))
+    return buffer.getvalue()
+
+
+def noise(seed: int, samples: int = 128, channels: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-(2**15), 2**15, (samples, channels))
+
+
+def sine(hertz: float, rate: int, seconds: float) -> torch.Tensor:
+    return torch.sin(2 * math.pi * hertz * torch.arange(round(rate * seconds)) / rate)[None]
+
+
+def encode(dataset, pipeline, cache, **options) -> Dataset:
+    return encode_rows(
+        dataset,
+        pipeline,
+        family_for(pipeline),
+        EncodingOptions(**options),
+        what="train_dataset",
+        cache_folder=cache,
+        batch_size=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "integers", "expected"),
+    [
+        (1, [0, 128, 192], [-1.0, 0.0, 0.5]),
+        (2, [-(2**15), 0, 2**14], [-1.0, 0.0, 0.5]),
+        (3, [-(2**23), 1, 2**22], [-1.0, 2.0**-23, 0.5]),
+        (4, [-(2**31), 0, 2**30], [-1.0, 0.0, 0.5]),
+    ],
+)
+def test_wav_files_are_read_back(width, integers, expected):
+    stereo = np.array([integers, integers[::-1]]).T
+    waveform = decode_waveform({"bytes": wav(stereo, 44100, width), "path": None}, "P")
+    assert waveform.rate == 44100
+    assert waveform.samples.tolist() == [expected, expected[::-1]]
+
+
+@pytest.mark.parametrize(("rate", "wanted"), [(44100, 16000), (8000, 16000), (22050, 44100), (16001, 16000)])
+def test_resampling_keeps_a_sine_s_frequency_size_and_phase(rate, wanted):
+    resampled = resample(sine(440.0, rate, 0.5), rate, wanted)
+    expected = sine(440.0, wanted, 0.5)
+    assert abs(resampled.shape[1] - expected.shape[1]) <= 1
+    # Away from the ends, where the sound begins at once.
+    inner = slice(wanted // 20, wanted // 2 - wanted // 20)
+    torch.testing.assert_close(resampled[:, inner], expected[:, inner], rtol=0, atol=5e-3)
+
+
+def test_resampling_drops_what_the_lower_rate_cannot_hold():
+    resampled = resample(sine(6000.0, 16000, 0.5) + sine(500.0, 16000, 0.5), 16000, 8000)
+    torch.testing.assert_close(resampled[:, 400:3600], sine(500.0, 8000, 0.5)[:, 400:3600], rtol=0, atol=5e-3)
+
+
+def test_channels_are_mixed_and_length_is_cut_or_filled():
+    stereo = torch.tensor([[1.0, 0.0, 0.5], [0.0, 0.5, 0.5]])
+    assert mix(stereo, 1).tolist() == [[0.5, 0.25, 0.5]]
+    assert mix(stereo[:1], 2).tolist() == [[1.0, 0.0, 0.5]] * 2
+    with pytest.raises(CellProblem, match="found sound of 3 channels, wanted 2"):
+        mix(torch.zeros(3, 4), 2)
+    assert fit(stereo, 2).tolist() == [[1.0, 0.0], [0.0, 0.5]]
+    assert fit(stereo, 4).tolist() == [[1.0, 0.0, 0.5, 0.0], [0.0, 0.5, 0.5, 0.0]]
+
+
+@pytest.mark.parametrize("rate", [16, 24])
+def test_cutting_before_resampling_changes_nothing(rate, stable_audio):
+    preparation = preparation_for(stable_audio, family_for(stable_audio))
+    waveform = preparation.decode({"array": sine(3.0, rate, 40.0)[0].numpy(), "sampling_rate": rate})
+    whole = fit(resample(waveform.samples, rate, 16), 128)
+    tensor = preparation.tensor(waveform, (0.5, 0.5), False)
+    assert tensor.shape == (2, 128)
+    torch.testing.assert_close(tensor[:, 8:], whole[:, 8:], rtol=0, atol=2e-2)
+
+
+def test_encoded_sound_is_the_family_s_of_its_samples(stable_audio, tmp_path):
+    paths = [str(tmp_path / "a.wav"), str(tmp_path / "b.wav")]
+    for seed, path in enumerate(paths):
+        Path(path).write_bytes(wav(noise(seed)))
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": [paths[0]], "rejected": [paths[1]]})
+    family = family_for(stable_audio)
+    for columns in (dataset, dataset.cast_column("chosen", Audio()).cast_column("rejected", Audio(decode=False))):
+        row = encode(columns, stable_audio, tmp_path)[0]
+        for seed, column in enumerate(("chosen", "rejected")):
+            samples = torch.from_numpy(noise(seed).T / 2**15).float()
+            mean, std = family.encode_images(stable_audio, samples[None])
+            assert row[f"{column}_mean"].shape == latent_shape(stable_audio, family)
+            torch.testing.assert_close(row[f"{column}_mean"], mean[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(row[f"{column}_std"], std[0], rtol=1e-4, atol=1e-5)
+    before = encode(dataset, stable_audio, tmp_path)[0]["chosen_mean"]
+    Path(paths[0]).write_bytes(wav(noise(5)))
+    assert not torch.equal(encode(dataset, stable_audio, tmp_path)[0]["chosen_mean"], before)
+
+
+def test_what_is_changed_about_sound_is_said_once(stable_audio, tmp_path, caplog):
+    cells = [{"array": np.linspace(-1, end, 64), "sampling_rate": 32} for end in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    dataset = Dataset.from_dict({"prompt": ["a"] * 3, "chosen": cells[:3], "rejected": cells[3:]})
+    with caplog.at_level(logging.WARNING):
+        encode(dataset, stable_audio, tmp_path)
+    said = [record.getMessage() for record in caplog.records if "sound of" in record.getMessage()]
+    place = " (first in row 0, column 'chosen')"
+    assert said == [
+        f"train_dataset: sound of 32 Hz is resampled to 16 Hz{place}",
+        f"train_dataset: sound of 1 channels is mixed to 2{place}",
+        f"train_dataset: sound of 2 s is followed by silence up to 8 s{place}",
+    ]
+
+
+def test_another_sampling_rate_of_the_pipeline_is_another_entry_of_the_cache(tmp_path):
+    cells = [{"array": np.random.default_rng(seed).uniform(-1, 1, 2560), "sampling_rate": 16000} for seed in (0, 1)]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    pipeline = tiny.build("audioldm2")
+    before = encode(dataset, pipeline, tmp_path)[0]["chosen_mean"]
+    # The vocoder is no encoder, so no weights that are looked at change.
+    pipeline.vocoder.config.sampling_rate = 8000
+    assert not torch.equal(encode(dataset, pipeline, tmp_path)[0]["chosen_mean"], before)
+
+
+IMAGE = PILImage.new("RGB", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "the sound is None"),
+        ({"bytes": None, "path": None}, "neither an array, nor bytes, nor a path"),
+        ({"bytes": None, "path": "/nowhere.wav"}, "no file at /nowhere.wav"),
+        (IMAGE, "found an image, but StableAudioPipeline generates sound"),
+        (png(IMAGE), "found an image, but StableAudioPipeline generates sound"),
+        ([IMAGE] * 3, "found a clip, but StableAudioPipeline generates sound"),
+        ({"array": [0.1, 0.2], "sampling_rate": None}, "sampling_rate=None beside the array"),
+        ({"array": [1, 2], "sampling_rate": 16}, "an array of int64 .*pass floats"),
+        ({"array": np.zeros((9, 2)), "sampling_rate": 16}, "channels come first"),
+        ({"array": [0.1, float("nan")], "sampling_rate": 16}, "NaN"),
+        ({"array": np.zeros(0), "sampling_rate": 16}, "no samples"),
+        ({"bytes": wav(np.zeros((0, 1))), "path": None}, "no samples"),
+        ({"array": np.zeros((3, 9)), "sampling_rate": 16}, "found sound of 3 channels, wanted 2"),
+    ],
+)
+def test_cells_that_are_no_sound_say_what_they_are(cell, message, stable_audio):
+    with pytest.raises(CellProblem, match=message):
+        preparation_for(stable_audio, family_for(stable_audio)).decode(cell)
+
+
+def test_a_file_that_needs_soundfile_says_so(stable_audio, monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(CellProblem, match="without soundfile only PCM WAV files can.*pip install soundfile"):
+        preparation_for(stable_audio, family_for(stable_audio)).decode({"bytes": b"fLaC" + bytes(40), "path": None})
+
+
+def test_sound_for_a_pipeline_of_images_is_refused_by_row(tiny_pipeline, tmp_path):
+    message = "row 0, column 'chosen': found sound, but StableDiffusionPipeline generates images"
+    arrays = [{"array": [0.1, 0.2], "sampling_rate": 16}], [{"array": [0.1, 0.3], "sampling_rate": 16}]
+    files = [{"bytes": wav(noise(0)), "path": None}], [{"bytes": wav(noise(1)), "path": None}]
+    for chosen, rejected in (arrays, files):
+        dataset = Dataset.from_dict({"prompt": ["a"], "chosen": chosen, "rejected": rejected})
+        with pytest.raises(ValueError, match=message):
+            encode(dataset, tiny_pipeline, tmp_path, resolution=16)
+    with pytest.raises(ValueError, match=message):
+        audio = dataset.cast_column("chosen", Audio()).cast_column("rejected", Audio())
+        encode(audio, tiny_pipeline, tmp_path, resolution=16)
+
+
+@pytest.mark.parametrize("option", [{"resolution": 16}, {"crop": "random"}, {"random_flip": True}], ids=str)
+def test_options_of_pictures_are_refused_for_sound(option, stable_audio):
+    with pytest.raises(ValueError, match="are for what is seen, and StableAudioPipeline generates sound"):
+        EncodingOptions(**option).preparation(stable_audio, family_for(stable_audio))
