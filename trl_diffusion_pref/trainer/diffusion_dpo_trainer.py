@@ -193,8 +193,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "prompts": self.text_fingerprint,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(training_times=True),
-            # Of the samples, channels first: what the data's own fingerprint says too, but not in words.
-            "resolution": list(self.sample_shape(self.args)),
+            "resolution": self.sample_size(self.args),
             "seed": self.args.seed,
             "draws": draws,
             "prompt_dropout": prompt_dropout,

@@ -92,9 +92,10 @@ class RowTrainer(DiffusionPreferenceTrainer):
             dataset, self.pipeline, self.family, options, cache_folder=self._cache_folder(args), **common
         )
 
-    def sample_shape(self, args: DiffusionPreferenceConfig) -> tuple[int, ...]:
-        """Of one sample as the VAE takes it, without the batch."""
-        return preparation_for(self.pipeline, self.family, args.resolution, args.num_frames).shape
+    def sample_size(self, args: DiffusionPreferenceConfig) -> int | list[int]:
+        """Side of the square images in pixels; of clips and sound the shape, as the VAE takes it without the batch."""
+        shape = preparation_for(self.pipeline, self.family, args.resolution, args.num_frames).shape
+        return shape[-1] if self.family.modality == "image" else list(shape)
 
     def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
         """Numeric columns that reach the batch besides prompt and images."""
