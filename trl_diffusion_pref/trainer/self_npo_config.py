@@ -32,7 +32,7 @@ class SelfNPOConfig(DiffusionPreferenceConfig):
             sources differ.
         start (`str`, *optional*):
             `"noise"` needs prompts alone: trajectories begin at pure noise. `"data"` begins at a noised image of the
-            column `image`, at a random place of the solver's grid.
+            column `image` (`video`, `audio`), at a random place of the solver's grid.
         teacher (`str`, *optional*):
             Who generates: `"ema"`, an exponential moving average of the trained weights, or `"frozen"`, the weights
             before training.
