@@ -30,6 +30,7 @@ from .families import Family, family_for, family_named
 from .likelihood import denoising_error
 from .trainer.base_config import DiffusionPreferenceConfig
 from .trainer.diffusion_dpo_config import DiffusionDPOConfig
+from .trainer.published import published
 from .trainer.self_npo_config import SelfNPOConfig
 
 
@@ -457,7 +458,10 @@ class _Step:
         conditioning = self._conditioning(images)
         with _MetaModes(self.dtype):
             if self.extra == "before":
-                self._without_gradients(x_t, conditioning, guided=self.cfg.guidance_scale not in (0.0, 1.0))
+                scale = self.cfg.guidance_scale
+                if scale is None:
+                    scale = published("Self-NPO", self.family.pipeline_class).values["guidance_scale"]
+                self._without_gradients(x_t, conditioning, guided=scale not in (0.0, 1.0))
             prediction = self._predict(x_t, conditioning)
             if self.extra == "after":
                 kept = self._without_gradients(x_t, conditioning)  # noqa: F841 - alive until the backward pass

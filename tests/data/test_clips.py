@@ -230,3 +230,23 @@ def test_the_same_clip_twice_is_no_preference(wan, tmp_path):
 def test_frames_for_a_pipeline_of_images_are_refused(tiny_pipeline):
     with pytest.raises(ValueError, match="num_frames=5 is for clips, and StableDiffusionPipeline generates images"):
         preparation_for(tiny_pipeline, family_for(tiny_pipeline), 16, 5)
+
+
+def test_paths_are_found_in_lists_of_fixed_length_too():
+    import pyarrow as pa
+
+    from trl_diffusion_pref.data.cells import paths_outside
+
+    cells = pa.chunked_array([pa.array([["a.png", "b.png"]], type=pa.list_(pa.string(), 2))])
+    assert list(paths_outside(cells)) == ["a.png", "b.png"]
+
+
+def test_a_damaged_animation_is_called_damaged(tmp_path):
+    from trl_diffusion_pref.data import clips
+    from trl_diffusion_pref.data.cells import CellProblem
+
+    frames = [PILImage.effect_noise((16, 16), 50 + i).convert("RGB") for i in range(5)]
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:])
+    data = (tmp_path / "clip.png").read_bytes()
+    with pytest.raises(CellProblem, match="the animation cannot be decoded"):
+        clips._from_file({"path": None, "bytes": data[: len(data) // 2]}, 5, "WanPipeline")

@@ -205,3 +205,9 @@ def test_sound_for_a_pipeline_of_images_is_refused_by_row(tiny_pipeline, tmp_pat
 def test_options_of_pictures_are_refused_for_sound(option, stable_audio):
     with pytest.raises(ValueError, match="are for what is seen, and StableAudioPipeline generates sound"):
         EncodingOptions(**option).preparation(stable_audio, family_for(stable_audio))
+
+
+def test_a_wav_file_that_is_cut_off_is_refused_with_what_is_missing():
+    whole = wav(noise(0, samples=1000))
+    with pytest.raises(CellProblem, match="cut off: it holds 489 of 1000 samples"):
+        decode_waveform({"path": None, "bytes": whole[:2000]}, "StableAudioPipeline")

@@ -8,7 +8,7 @@ from conftest import assert_equal_weights, build_tiny_pipeline, weights_of
 from datasets import IterableDataset
 from peft import LoraConfig
 
-from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer
 from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_pref.losses import mapo_loss
 from trl_diffusion_pref.randomness import TRAINING, generator_for
@@ -351,3 +351,14 @@ def test_loader_workers_give_the_same_training(pairs, config):
 def test_predictions_of_a_data_set_are_not_offered(pairs, config, tiny_pipeline):
     with pytest.raises(NotImplementedError, match="trainer.pipeline"):
         MaPOTrainer(tiny_pipeline, config(), pairs).predict(pairs)
+
+
+def test_a_distilled_denoiser_is_refused(pairs, config, tiny_pipeline):
+    tiny_pipeline.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match="is distilled: it takes the guidance scale as an input"):
+        MaPOTrainer(tiny_pipeline, config(), pairs)
+
+
+def test_deepspeed_needs_the_options_that_it_reads_before_the_model_is_known(tmp_path):
+    with pytest.raises(ValueError, match="With DeepSpeed.*set learning_rate and weight_decay"):
+        MaPOConfig(output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 2}})

@@ -169,3 +169,9 @@ class TestTrainers:
         cfg.beta = -1.0
         with pytest.raises(ValueError, match="beta=-1.0: it must be positive"):
             DiffusionDPOTrainer(build_tiny_pipeline(), cfg, pairs)
+
+
+def test_dspo_s_beta_is_its_own_and_not_the_model_s():
+    assert DiffusionDPOConfig(output_dir="x", loss_type="dspo").beta == 0.001
+    assert DiffusionDPOConfig(output_dir="x", loss_type="dspo", beta=0.01).beta == 0.01
+    assert DiffusionDPOConfig(output_dir="x", loss_type="dspo_sdxl").beta is None

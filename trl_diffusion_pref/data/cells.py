@@ -92,7 +92,9 @@ def check_kind(cell: Any, wanted: str, pipeline_class: str) -> None:
 def paths_outside(cells: pa.ChunkedArray) -> Iterator[str]:
     """Paths of the files that an undecoded column refers to, instead of holding their bytes; copies no bytes."""
     for chunk in cells.chunks:
-        while pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+        while any(
+            is_list(chunk.type) for is_list in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        ):
             chunk = pc.list_flatten(chunk)
         if pa.types.is_struct(chunk.type):
             names = {field.name for field in chunk.type}

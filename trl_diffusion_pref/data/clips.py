@@ -58,13 +58,23 @@ def _from_list(cells: list, num_frames: int, pipeline_class: str) -> tuple[list[
     return frames, len(cells)
 
 
+def _animation(opened: Image.Image, num_frames: int) -> list[Image.Image]:
+    try:
+        return [decode_image(frame.copy()) for frame in ImageSequence.Iterator(opened)][:num_frames]
+    # Damaged files make PIL's decoders raise nearly anything.
+    except Exception as error:
+        raise CellProblem(f"the animation cannot be decoded ({error})") from error
+
+
 def _from_file(cell: dict[str, Any], num_frames: int, pipeline_class: str) -> tuple[list[Image.Image], int]:
     """The first `num_frames` frames, and how many there are."""
     try:
         with open_cell(cell) as file, Image.open(file) as opened:
             count = getattr(opened, "n_frames", 1)
             if count > 1:
-                return [decode_image(frame.copy()) for frame in ImageSequence.Iterator(opened)][:num_frames], count
+                return _animation(opened, num_frames), count
+    except CellProblem:
+        raise
     except FileNotFoundError as error:
         raise CellProblem(f"no file at {cell['path']}") from error
     # Videos are no images for PIL, and a damaged image shows below.

@@ -108,7 +108,12 @@ def _from_wave(data: bytes) -> Waveform:
     """PCM of 8 bits, which is unsigned, or 16, 24 or 32 bits, little-endian."""
     with wave.open(io.BytesIO(data)) as file:
         channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-        raw = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8)
+        promised = file.getnframes()
+        raw = np.frombuffer(file.readframes(promised), dtype=np.uint8)
+    found = len(raw) // (channels * width)
+    # What is written as it is recorded promises the greatest number that its header can hold.
+    if found < promised < 2**30 // (channels * width):
+        raise CellProblem(f"the WAV file is cut off: it holds {found} of {promised} samples")
     if width == 1:
         values = raw.astype(np.float64) / 128.0 - 1.0
     else:

@@ -137,6 +137,11 @@ class DiffusionPreferenceConfig(_BaseConfig):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The scheduler type to use."})
 
     def __post_init__(self) -> None:
+        if self.deepspeed and (self.learning_rate is None or self.weight_decay is None):
+            raise ValueError(
+                "With DeepSpeed, which reads them before the model is known, set learning_rate and weight_decay "
+                "yourself; docs/hyperparameters.md has each model's."
+            )
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)

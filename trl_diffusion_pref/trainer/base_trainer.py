@@ -267,6 +267,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     def _check_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> None:
         """Refuses what `_make_trainable` could not do well, before anything is changed."""
+        if base.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
+                "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
+            )
         if peft_config is not None:
             check_exportable(peft_config)
         if _carries_adapter(base):

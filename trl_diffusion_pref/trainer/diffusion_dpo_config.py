@@ -160,6 +160,9 @@ class DiffusionDPOConfig(PairwiseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Where beta is a weight and not a temperature, the model's published value would be another quantity.
+        if self.beta is None and self.loss_type == "dspo":
+            self.beta = 0.001
         self.check_filled_in()
         self._check_choices("reference", "divergence_guard", "beta_schedule")
         if self.beta_schedule == "flow" and self.loss_type.startswith("dspo"):
