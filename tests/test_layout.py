@@ -10,7 +10,7 @@ import trl_diffusion_pref
 
 ROOT = Path(trl_diffusion_pref.__file__).parent
 # Each may import what stands before it.
-ORDER = ["losses", "noise", "likelihood", "trajectories", "randomness", "fingerprint", "architecture", "run_record"]
+ORDER = ["losses", "noise", "likelihood", "trajectories", "randomness", "architecture", "fingerprint", "run_record"]
 ORDER += ["version", "families", "data", "guidance", "evaluation", "hub", "trainer", "memory"]
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py") if path.name != "version.py")
 

@@ -6,6 +6,8 @@ import json
 import torch
 from torch import Tensor, nn
 
+from .architecture import own_weights
+
 
 _VALUES_PER_TENSOR = 64
 
@@ -35,10 +37,7 @@ def rounded_fingerprints(module: nn.Module) -> dict[str, str]:
     Loading the same weights in another precision keeps one of them: that of the lower precision.
     """
     digests = {str(dtype): hashlib.sha256() for dtype in (torch.float16, torch.bfloat16)}
-    own = {
-        name.replace(".base_layer", ""): tensor for name, tensor in module.state_dict().items() if ".lora_" not in name
-    }
-    for name, tensor in sorted(own.items()):
+    for name, tensor in sorted(own_weights(module).items()):
         picked = _picked(tensor)
         for dtype, digest in zip((torch.float16, torch.bfloat16), digests.values(), strict=True):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -443,6 +443,13 @@ class TestRefusals:
         with pytest.raises(ValueError, match="fused"):
             add_negative_guidance(pipeline, lora)
 
+    def test_a_denoiser_that_cannot_be_copied(self):
+        pipeline = build_tiny_pipeline()
+        pipeline.unet.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+        with pytest.raises(ValueError, match="carries hooks of diffusers"):
+            add_negative_guidance(pipeline, moved_unet())
+        assert not hasattr(pipeline.unet, "_negative_guidance")
+
     def test_a_distilled_pipeline(self, lora):
         pipeline = build_tiny_pipeline()
         pipeline.unet.register_to_config(time_cond_proj_dim=8)

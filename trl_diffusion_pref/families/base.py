@@ -200,6 +200,19 @@ class VideoFamily(Family):
         height, width = (max(round(side * shorter / min(size) / step), 1) * step for side in size)
         return height, width
 
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            prompt_embeds, _ = pipeline.encode_prompt(
+                list(prompts),
+                do_classifier_free_guidance=False,
+                max_sequence_length=call_default(pipeline, "max_sequence_length"),
+                device=self.text_device(pipeline),
+            )
+        return {"prompt_embeds": prompt_embeds.float()}
+
+    def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
+        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
+
     @staticmethod
     def check_clips(pipeline: DiffusionPipeline, pixels: Tensor) -> None:
         """Refuses what the VAE would cut short or mistake.

@@ -1,13 +1,11 @@
 """CogVideoX (text to video): a T5 text encoder, a video DiT with v prediction, a video autoencoder."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 
-import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-from .base import VideoFamily, call_default, encode_with_autoencoder_kl, model_inside
+from .base import VideoFamily, encode_with_autoencoder_kl, model_inside
 
 
 class CogVideoXFamily(VideoFamily):
@@ -26,19 +24,6 @@ class CogVideoXFamily(VideoFamily):
         latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
         frames += -latent_frames % (config.patch_size_t or 1) * pipeline.vae_scale_factor_temporal
         return frames, config.sample_height * factor, config.sample_width * factor
-
-    def encode_prompts(self, pipeline: CogVideoXPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            prompt_embeds, _ = pipeline.encode_prompt(
-                list(prompts),
-                do_classifier_free_guidance=False,
-                max_sequence_length=call_default(pipeline, "max_sequence_length"),
-                device=self.text_device(pipeline),
-            )
-        return {"prompt_embeds": prompt_embeds.float()}
-
-    def token_limits(self, pipeline: CogVideoXPipeline) -> dict[str, int]:
-        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
 
     def encode_images(self, pipeline: CogVideoXPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.check_clips(pipeline, pixels)

@@ -1,8 +1,5 @@
 """Wan (text to video): a UMT5 text encoder, a video DiT, a video autoencoder, rectified flow."""
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
@@ -39,19 +36,6 @@ class WanFamily(VideoFamily):
 
     def video_size(self, pipeline: WanPipeline) -> tuple[int, int, int]:
         return tuple(call_default(pipeline, name) for name in ("num_frames", "height", "width"))
-
-    def encode_prompts(self, pipeline: WanPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            prompt_embeds, _ = pipeline.encode_prompt(
-                list(prompts),
-                do_classifier_free_guidance=False,
-                max_sequence_length=call_default(pipeline, "max_sequence_length"),
-                device=self.text_device(pipeline),
-            )
-        return {"prompt_embeds": prompt_embeds.float()}
-
-    def token_limits(self, pipeline: WanPipeline) -> dict[str, int]:
-        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
 
     def tokenized_text(self, pipeline: WanPipeline, prompt: str) -> str:
         return prompt_clean(prompt)

@@ -214,13 +214,6 @@ def add_negative_guidance(
     if isinstance(read, NegativeWeights):
         _check_architecture(denoiser, read.denoiser, read.name)
     _warn_of_another_base(base_denoiser or denoiser, pipeline, base, read)
-    needs_copy = isinstance(read, NegativeWeights) or (base_denoiser is not None and alpha != 1.0)
-    if needs_copy and _hooked(denoiser):
-        raise ValueError(
-            f"The pipeline's {type(denoiser).__name__} carries hooks of diffusers (group offloading or layerwise "
-            "casting), with which it cannot be copied for the negative side. Switch them on after the guidance, "
-            "or use a LoRA as negative."
-        )
     return NegativeGuidance(pipeline, read, base_denoiser, float(alpha), float(beta), batches_both_sides)
 
 
@@ -265,10 +258,6 @@ def _known_layout(pipeline: DiffusionPipeline) -> bool:
         "one call gets [negative; positive] stacked, or False where each side has a call of its own within "
         'cache_context("cond") and cache_context("uncond").'
     )
-
-
-def _hooked(denoiser: nn.Module) -> bool:
-    return any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in denoiser.modules())
 
 
 def _check_guidable(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:

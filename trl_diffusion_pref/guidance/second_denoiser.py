@@ -6,6 +6,8 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from ..architecture import own_weights
+
 
 def merged_denoiser(
     positive: nn.Module, base: nn.Module | None, negative: nn.Module | None, alpha: float, beta: float
@@ -18,21 +20,25 @@ def merged_denoiser(
         positive: theta_pos.
         base: theta; None where the positive denoiser's own weights are the base's.
         negative: theta_neg; None where the negative offset is a LoRA, which is added elsewhere.
+
+    Raises:
+        ValueError: The positive denoiser carries hooks that would be copied as references to itself.
     """
+    if any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in positive.modules()):
+        raise ValueError(
+            f"The pipeline's {type(positive).__name__} carries hooks of diffusers (group offloading or layerwise "
+            "casting), with which it cannot be copied for the negative side. Switch them on after the guidance, "
+            "or use a LoRA as negative."
+        )
     # A denoiser that is kept off the device carries hooks, and a copy's would move the original.
     second = remove_hook_from_module(copy.deepcopy(positive), recurse=True)
     starts = None if base is None else base.state_dict()
     ends = None if negative is None else negative.state_dict()
     with torch.no_grad():
-        for name, value in second.state_dict().items():
-            if ".lora_" in name or not value.is_floating_point():
-                continue
-            own = name.replace(".base_layer", "")
-            value.copy_(
-                _merge(
-                    value, None if starts is None else starts[own], None if ends is None else ends[own], alpha, beta
-                )
-            )
+        for name, value in own_weights(second).items():
+            if value.is_floating_point():
+                start, end = (None if weights is None else weights[name] for weights in (starts, ends))
+                value.copy_(_merge(value, start, end, alpha, beta))
     return second.eval().requires_grad_(False)
 
 
