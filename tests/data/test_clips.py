@@ -1,11 +1,11 @@
 """Clips as samples: decoding, preparing alike, encoding, and cells that are no clips."""
 
 import io
+import struct
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_clips_have_the_pipeline_s_frames_and_shape(name, resolution, shape):
 
 
 def test_a_side_that_is_no_whole_patch_is_refused(wan):
-    with pytest.raises(ValueError, match="resolution=250: .*a multiple of 16 pixels. Take 240"):
+    with pytest.raises(ValueError, match="resolution=250: WanPipeline takes multiples of 16 pixels. Take 240 or 256"):
         preparation_for(wan, family_for(wan), 250)
 
 
@@ -179,28 +179,54 @@ def test_a_video_file_without_a_decoder_says_what_to_do(wan, monkeypatch):
         preparation_for(wan, family_for(wan), 16, FRAMES).decode(MP4)
 
 
-class StandInForPyAV:
-    """What is used of PyAV: a film of so many frames."""
+def film(clip: list[PILImage.Image], matrix: tuple[int, int, int, int] = (1, 0, 0, 1)) -> bytes:
+    """A QuickTime film without loss, shown with x' = a x + c y and y' = b x + d y, y downwards, of (a, b, c, d)."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=8)
+        stream.width, stream.height = clip[0].size
+        stream.pix_fmt = "rgb24"
+        for image in clip:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    data = buffer.getvalue()
+    unit = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    # Of the film as a whole, then of the track.
+    where = data.index(unit, data.index(b"tkhd"))
+    return data[:where] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[where + len(unit) :]
 
-    def __init__(self, count: int) -> None:
-        self.frames = frames(0, count=count)
 
-    @contextmanager
-    def open(self, file):
-        assert file.read() == MP4["bytes"]
-        yield self
-
-    def decode(self, video: int):
-        return [SimpleNamespace(to_image=lambda frame=frame: frame) for frame in self.frames]
-
-
-def test_a_video_file_s_frames_are_pyav_s(wan, monkeypatch):
+def test_a_video_file_s_frames_are_read_back(wan, tmp_path):
     decode = preparation_for(wan, family_for(wan), 16, FRAMES).decode
-    monkeypatch.setitem(sys.modules, "av", StandInForPyAV(FRAMES))
-    assert [frame.tobytes() for frame in decode(MP4)] == [frame.tobytes() for frame in frames(0)]
-    monkeypatch.setitem(sys.modules, "av", StandInForPyAV(FRAMES + 3))
+    (tmp_path / "clip.mov").write_bytes(film(frames(0)))
+    for cell in (str(tmp_path / "clip.mov"), {"bytes": film(frames(0)), "path": None}):
+        assert [frame.tobytes() for frame in decode(cell)] == [frame.tobytes() for frame in frames(0)]
     with pytest.raises(CellProblem, match="found 8 frames, wanted 5"):
-        decode(MP4)
+        decode({"bytes": film(frames(0, count=8)), "path": None})
+
+
+@pytest.mark.parametrize(
+    ("matrix", "quarter_turns"), [((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2)], ids=str
+)
+def test_a_film_that_lies_on_its_side_is_stood_up(matrix, quarter_turns, wan):
+    decoded = preparation_for(wan, family_for(wan), 16, FRAMES).decode(
+        {"bytes": film(frames(0), matrix), "path": None}
+    )
+    for frame, stored in zip(decoded, frames(0), strict=True):
+        assert np.array_equal(np.asarray(frame), np.rot90(np.asarray(stored), quarter_turns))
+
+
+def test_a_film_that_is_shown_askew_is_refused(wan):
+    decode = preparation_for(wan, family_for(wan), 16, FRAMES).decode
+    with pytest.raises(CellProblem, match="rotated by -45 degrees, no quarter turn"):
+        decode({"bytes": film(frames(0), (1, 1, -1, 1)), "path": None})
+
+
+@pytest.mark.parametrize("damaged", [MP4["bytes"], film(frames(0))[:3000]], ids=["no_film", "cut_off"])
+def test_a_damaged_video_file_is_called_damaged(damaged, wan):
+    with pytest.raises(CellProblem, match="the video cannot be decoded"):
+        preparation_for(wan, family_for(wan), 16, FRAMES).decode({"bytes": damaged, "path": None})
 
 
 def test_columns_of_another_kind_are_refused_by_row(wan, tiny_pipeline, tmp_path):
@@ -223,7 +249,7 @@ def test_columns_of_another_kind_are_refused_by_row(wan, tiny_pipeline, tmp_path
 
 
 def test_the_same_clip_twice_is_no_preference(wan, tmp_path):
-    with pytest.raises(ValueError, match="columns 'chosen' and 'rejected': the same clip"):
+    with pytest.raises(ValueError, match="columns 'chosen' and 'rejected': what is used of them is the same clip"):
         encode(clip_pairs([frames(0)], [frames(0)]), wan, tmp_path)
 
 

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import tiny
 import torch
@@ -13,7 +12,7 @@ from datasets import Dataset, Features, Image, List, Value
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from PIL import Image as PILImage
-from test_contract import PROMPTS, Recorder, stable_audio_s_sampler_without_noise  # noqa: F401
+from test_contract import PROMPTS, Recorder
 from torch import Tensor, nn
 
 from trl_diffusion_pref import (
@@ -32,13 +31,6 @@ from trl_diffusion_pref.shapes import preference_pairs
 TRAINED = [*tiny.IMAGE_CASES, "wan", "cogvideox", "stable_audio", "audioldm2"]
 every_family = pytest.mark.parametrize("name", TRAINED)
 full_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-@pytest.fixture(autouse=True)
-def stable_audio_loads_without_torchsde(monkeypatch):
-    """diffusers has a placeholder for its sampler where torchsde is missing; see `tiny`."""
-    sampler = tiny.CosineDPMSolverMultistepScheduler
-    monkeypatch.setattr(diffusers, sampler.__name__, sampler)
 
 
 @pytest.fixture

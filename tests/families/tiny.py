@@ -1,10 +1,7 @@
 """Pipelines of the real classes with random weights, from small configs. Nothing is downloaded."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +19,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    CosineDPMSolverMultistepScheduler,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -74,12 +72,6 @@ from transformers import (
 )
 
 from trl_diffusion_pref.shapes import pipeline_folder
-
-
-if find_spec("torchsde") is None:
-    # Stable Audio's sampler imports it for its noise; the tests do without both.
-    sys.modules["torchsde"] = ModuleType("torchsde")
-from diffusers.schedulers.scheduling_cosine_dpmsolver_multistep import CosineDPMSolverMultistepScheduler  # noqa: E402
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -450,14 +442,6 @@ def unpack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """The inverse, for 16 x 24 pixels."""
     unpacked = pipeline._unpack_latents(latents, 16, 24, pipeline.vae_scale_factor)
     return unpacked[:, :, 0] if unpacked.ndim == 5 else unpacked
-
-
-class NoNoise:
-    def __init__(self, sample: Tensor, **kwargs) -> None:
-        self._zeros = torch.zeros_like(sample)
-
-    def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        return self._zeros
 
 
 def build_stable_audio() -> StableAudioPipeline:

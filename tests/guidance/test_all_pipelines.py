@@ -20,12 +20,6 @@ SCALE = 3.0
 PROMPTS = ["a red circle", "a blue ring on a green ground, far away"]
 
 
-@pytest.fixture(autouse=True)
-def stable_audio_s_sampler_without_noise(monkeypatch):
-    module = sys.modules[tiny.CosineDPMSolverMultistepScheduler.__module__]
-    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", tiny.NoNoise)
-
-
 def sample(pipeline, name: str, scale: float) -> torch.Tensor:
     case = tiny.CASES[name]
     key = "true_cfg_scale" if name in tiny.TRUE_GUIDANCE else "guidance_scale"

@@ -66,6 +66,18 @@ def _animation(opened: Image.Image, num_frames: int) -> list[Image.Image]:
         raise CellProblem(f"the animation cannot be decoded ({error})") from error
 
 
+def _upright(image: Image.Image, rotation: float) -> Image.Image:
+    """A frame as players show it: phones store theirs on its side, with a display matrix.
+
+    Args:
+        rotation: Degrees counterclockwise.
+    """
+    turns, rest = divmod(round(rotation), 90)
+    if rest:
+        raise CellProblem(f"the video is shown rotated by {rotation:g} degrees, no quarter turn; encode it anew")
+    return image if turns % 4 == 0 else image.rotate(90 * turns, expand=True)
+
+
 def _from_file(cell: dict[str, Any], num_frames: int, pipeline_class: str) -> tuple[list[Image.Image], int]:
     """The first `num_frames` frames, and how many there are."""
     try:
@@ -95,7 +107,9 @@ def _from_file(cell: dict[str, Any], num_frames: int, pipeline_class: str) -> tu
                 # Counted to the end, but a long film is not kept.
                 count += 1
                 if count <= num_frames:
-                    frames.append(frame.to_image())
+                    frames.append(_upright(frame.to_image(), frame.rotation))
+    except CellProblem:
+        raise
     # Damaged files make decoders raise nearly anything, and all of it means the same to the caller.
     except Exception as error:
         raise CellProblem(f"the video cannot be decoded ({error})") from error
