@@ -128,6 +128,15 @@ def test_both_images_of_a_pair_share_crop_and_flip(tiny_pipeline, tmp_path):
     assert len({mean.numpy().tobytes() for mean in means}) >= 8  # rows differ in place and orientation
 
 
+def test_images_that_differ_only_where_the_centre_crop_never_looks_are_no_preference(tiny_pipeline, tmp_path):
+    wide = noise_image(0, (4 * RESOLUTION, RESOLUTION))
+    touched = wide.copy()
+    touched.putpixel((0, 0), (0, 0, 0))
+    rows = image_pairs([("a", png(wide), png(touched))])
+    with pytest.raises(ValueError, match="row 0, .*what is used of them is the same image"):
+        encode(rows, tiny_pipeline, tmp_path)
+
+
 def test_images_of_different_sizes_are_accepted(tiny_pipeline, tmp_path):
     rows = [("a", png(noise_image(0, (40, 20))), png(noise_image(1, (15, 33))))]
     assert encode(image_pairs(rows), tiny_pipeline, tmp_path)[0]["chosen_mean"].shape == (4, 8, 8)
@@ -142,7 +151,10 @@ def test_images_of_different_sizes_are_accepted(tiny_pipeline, tmp_path):
             ("a", {"bytes": png(noise_image(1, (64, 64)))["bytes"][:900], "path": None}, png(noise_image(2))),
             "row 2, column 'chosen': the image cannot be decoded",
         ),
-        (("a", png(noise_image(1)), png(noise_image(1))), "row 2, columns 'chosen' and 'rejected': the same image"),
+        (
+            ("a", png(noise_image(1)), png(noise_image(1))),
+            "row 2, columns 'chosen' and 'rejected': what is used of them is the same image",
+        ),
         (("", png(noise_image(1)), png(noise_image(2))), "row 2, column 'prompt': is empty"),
         ((None, png(noise_image(1)), png(noise_image(2))), "row 2, column 'prompt': is NoneType"),
     ],

@@ -76,6 +76,26 @@ def test_whatever_changes_the_embeddings_makes_another_table(name, change, tmp_p
     assert differ
 
 
+@pytest.mark.parametrize("name", ["wan", "pixart_sigma"])
+def test_packages_that_clean_prompts_make_another_table(name, tmp_path, monkeypatch):
+    """Both pipelines mend and strip prompts as far as ftfy and bs4 are installed."""
+    pipeline = tiny.build(name)
+    encode(pipeline, tmp_path)
+    family = type(family_for(pipeline))
+    cleaned = family.tokenized_text
+    monkeypatch.setattr(family, "tokenized_text", lambda *args: cleaned(*args).replace("<b>", ""))
+    encode(pipeline, tmp_path)
+    assert len(list(tmp_path.glob("prompts-*.arrow"))) == 2
+
+
+def test_another_version_of_diffusers_makes_another_table(tmp_path, monkeypatch):
+    pipeline = tiny.build("stable_diffusion")
+    encode(pipeline, tmp_path)
+    monkeypatch.setattr("diffusers.__version__", "0.99")
+    encode(pipeline, tmp_path)
+    assert len(list(tmp_path.glob("prompts-*.arrow"))) == 2
+
+
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_the_same_pipeline_loaded_anew_finds_its_table(name, tmp_path):
     """Encoding leaves its marks on tokenizers (sides, truncation), which are no change."""

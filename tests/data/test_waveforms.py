@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import png
 from datasets import Audio, Dataset
@@ -50,7 +51,7 @@ def sine(hertz: float, rate: int, seconds: float) -> torch.Tensor:
     return torch.sin(2 * math.pi * hertz * torch.arange(round(rate * seconds)) / rate)[None]
 
 
-def encode(dataset, pipeline, cache, **options) -> Dataset:
+def encode(dataset, pipeline, cache, say=print, **options) -> Dataset:
     return encode_rows(
         dataset,
         pipeline,
@@ -59,6 +60,7 @@ def encode(dataset, pipeline, cache, **options) -> Dataset:
         what="train_dataset",
         cache_folder=cache,
         batch_size=2,
+        say=say,
     )
 
 
@@ -76,6 +78,24 @@ def test_wav_files_are_read_back(width, integers, expected):
     waveform = decode_waveform({"bytes": wav(stereo, 44100, width), "path": None}, "P")
     assert waveform.rate == 44100
     assert waveform.samples.tolist() == [expected, expected[::-1]]
+
+
+def test_files_that_are_no_pcm_are_soundfile_s():
+    values = (noise(0, samples=1000) / 2**15).astype(np.float32)
+    for format, subtype in (("FLAC", "PCM_24"), ("WAV", "FLOAT")):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, values, 44100, format=format, subtype=subtype)
+        waveform = decode_waveform({"bytes": buffer.getvalue(), "path": None}, "P")
+        assert waveform.rate == 44100
+        torch.testing.assert_close(waveform.samples, torch.from_numpy(values.T.copy()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", [30, 2000])
+def test_a_damaged_sound_file_is_called_damaged(kept):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, (noise(0, samples=10000) / 2**15), 44100, format="FLAC")
+    with pytest.raises(CellProblem, match="the sound cannot be decoded"):
+        decode_waveform({"bytes": buffer.getvalue()[:kept], "path": None}, "P")
 
 
 @pytest.mark.parametrize(("rate", "wanted"), [(44100, 16000), (8000, 16000), (22050, 44100), (16001, 16000)])
@@ -132,7 +152,7 @@ def test_encoded_sound_is_the_family_s_of_its_samples(stable_audio, tmp_path):
     assert not torch.equal(encode(dataset, stable_audio, tmp_path)[0]["chosen_mean"], before)
 
 
-def test_what_is_changed_about_sound_is_said_once(stable_audio, tmp_path, caplog):
+def test_what_is_changed_about_sound_is_said_once_also_where_the_cache_has_it(stable_audio, tmp_path, caplog):
     cells = [{"array": np.linspace(-1, end, 64), "sampling_rate": 32} for end in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
     dataset = Dataset.from_dict({"prompt": ["a"] * 3, "chosen": cells[:3], "rejected": cells[3:]})
     with caplog.at_level(logging.WARNING):
@@ -144,6 +164,55 @@ def test_what_is_changed_about_sound_is_said_once(stable_audio, tmp_path, caplog
         f"train_dataset: sound of 1 channels is mixed to 2{place}",
         f"train_dataset: sound of 2 s is followed by silence up to 8 s{place}",
     ]
+    again = []
+    encode(dataset, stable_audio, tmp_path, say=again.append)
+    assert again == said
+
+
+def test_the_duration_of_shorter_sound_is_what_the_sampler_is_told(stable_audio, tmp_path):
+    cells = [{"array": np.random.default_rng(seed).uniform(-1, 1, (2, 40)), "sampling_rate": 16} for seed in (0, 1)]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    row = encode(dataset, stable_audio, tmp_path)[0]
+    told = []
+    hook = stable_audio.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["global_hidden_states"]), with_kwargs=True
+    )
+    stable_audio.scheduler = tiny.CosineDPMSolverMultistepScheduler()
+    stable_audio("a", audio_end_in_s=2.5, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    hook.remove()
+    for column in ("chosen", "rejected"):
+        assert torch.equal(row[f"{column}_conditioning/duration_embeds"].reshape(1, 1, -1), told[0])
+    # Longer sound is cut, and fills all of what the sampler draws.
+    cells = [{"array": np.random.default_rng(seed).uniform(-1, 1, (2, 400)), "sampling_rate": 16} for seed in (0, 1)]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    row = encode(dataset, stable_audio, tmp_path)[0]
+    expected = family_for(stable_audio).sound_conditioning(stable_audio, 8.0)["duration_embeds"]
+    assert torch.equal(row["chosen_conditioning/duration_embeds"], expected)
+    assert not torch.equal(expected.reshape(1, 1, -1), told[0])
+
+
+def test_pairs_that_differ_only_beyond_the_end_are_no_preference(stable_audio, tmp_path):
+    beginning = np.random.default_rng(0).uniform(-1, 1, (2, 128))
+    cells = [
+        {"array": np.concatenate([beginning, np.full((2, 9), end)], axis=1), "sampling_rate": 16} for end in (0.1, 0.2)
+    ]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    with pytest.raises(
+        ValueError, match="row 0, columns 'chosen' and 'rejected': what is used of them is the same sound"
+    ):
+        encode(dataset, stable_audio, tmp_path)
+
+
+def test_audioldm_2_hears_every_sound_around_zero_with_a_peak_of_one_half():
+    pipeline = tiny.build("audioldm2")
+    preparation = preparation_for(pipeline, family_for(pipeline))
+    sound = 0.1 + 0.02 * sine(440.0, 16000, 0.1)
+    tensor = preparation.tensor(preparation.decode({"array": sound[0].numpy(), "sampling_rate": 16000}), (0, 0), False)
+    heard, silence = tensor[:, :1600], tensor[:, 1600:]
+    assert silence.numel() and not silence.any()
+    torch.testing.assert_close(heard, 0.5 * sine(440.0, 16000, 0.1), rtol=0, atol=1e-3)
+    quiet = preparation.decode({"array": np.zeros(1600), "sampling_rate": 16000})
+    assert not preparation.tensor(quiet, (0, 0), False).any()
 
 
 def test_another_sampling_rate_of_the_pipeline_is_another_entry_of_the_cache(tmp_path):

@@ -42,6 +42,21 @@ def test_a_precomputed_reference_is_the_start_and_is_found_again(name, pairs, op
         assert train(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sana"])
+def test_a_precomputed_reference_is_found_by_a_second_trainer_on_the_same_pipeline(
+    name,
+    pairs,  # noqa: F811
+    options,  # noqa: F811
+    tmp_path,
+):
+    """Sana's pipeline changes its tokenizer when it encodes, and the reference says what prompts were encoded with."""
+    cfg = DiffusionDPOConfig(**options(reference="precomputed", reference_errors_dir=str(tmp_path / "errors")))
+    pipeline = tiny.build(name)
+    for _ in range(2):
+        trainer = DiffusionDPOTrainer(pipeline, cfg, pairs)
+    assert trainer.text_fingerprint
+
+
 @clips_and_sound
 def test_self_npo_names_the_column_that_the_pipeline_s_samples_are_in(name, pairs, options):  # noqa: F811
     pipeline = tiny.build(name)

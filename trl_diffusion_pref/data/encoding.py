@@ -1,8 +1,9 @@
 """Encodes a data set's samples once, to latent posteriors, in `datasets`' cache; and streams the same."""
 
+import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 CONDITIONING_PREFIX = "conditioning/"
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_ENCODING_VERSION = 2
+_ENCODING_VERSION = 3
 
 
 def image_conditioning_prefix(column: str) -> str:
@@ -108,7 +109,8 @@ class _RowEncoder:
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
         self.preparation = options.preparation(pipeline, family)
         self._reported_truncation = False
-        self._said: set[str] = set()
+        # By kind, so that each is said once.
+        self.said: dict[str, str] = {}
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
@@ -153,8 +155,8 @@ class _RowEncoder:
 
     def _say_once(self, notes: list[tuple[str, str]]) -> None:
         for kind, text in notes:
-            if kind not in self._said:
-                self._said.add(kind)
+            if kind not in self.said:
+                self.said[kind] = text
                 logger.warning("%s: %s", self.what, text)
 
     def _prepare_row(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
@@ -170,17 +172,22 @@ class _RowEncoder:
                 continue
             changes = self.preparation.notes(decoded[-1])
             notes += [(kind, f"{text} (first in row {row}, column '{column}')") for kind, text in changes.items()]
-        if not problems and len(decoded) == 2 and self.preparation.same(*decoded):
+        samples = [] if problems else [self.preparation.tensor(sample, crop_at, flip) for sample in decoded]
+        # Also where they differ only in what is always cut off; with another seed, another crop may show it.
+        if (
+            len(samples) == 2
+            and torch.equal(*samples)
+            and (self.options.crop == "center" or self.preparation.same(*decoded))
+        ):
             names = " and ".join(repr(column) for column in self.options.image_columns)
-            problems.append(f"row {row}, columns {names}: the same {self.preparation.noun}, so there is no preference")
+            problems.append(
+                f"row {row}, columns {names}: what is used of them is the same {self.preparation.noun}, so there is "
+                "no preference"
+            )
         if problems:
             return _PreparedRow(problems, [], [], [])
-        return _PreparedRow(
-            problems,
-            [self.preparation.tensor(sample, crop_at, flip) for sample in decoded],
-            [self.preparation.conditioning(sample, crop_at, flip) for sample in decoded],
-            notes,
-        )
+        conditioning = [self.preparation.conditioning(sample, crop_at, flip) for sample in decoded]
+        return _PreparedRow(problems, samples, conditioning, notes)
 
 
 @dataclass(frozen=True)
@@ -269,6 +276,7 @@ def encode_rows(
     cache_folder: Path,
     batch_size: int,
     extra_columns: tuple[str, ...] = (),
+    say: Callable[[str], None] = logger.warning,
 ) -> Dataset:
     """Encodes every row, or finds it in the cache.
 
@@ -282,6 +290,7 @@ def encode_rows(
         cache_folder: Holds one Arrow file per key.
         batch_size: Rows per call of the VAE.
         extra_columns: Numeric columns to keep, as float32.
+        say: Told what was changed about the samples (sound resampled, say) where the cache has them already.
 
     Returns:
         Data set of the same length with `prompt` (str), `row` (int64), `latent_columns(options.image_columns)`
@@ -304,8 +313,9 @@ def encode_rows(
     # What the options leave to the pipeline is in its config, not in its weights.
     samples = [family.modality, preparation.shape, preparation.key, sorted(shapes.items())]
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used), samples])
+    encode = _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns)
     encoded = undecoded.map(
-        _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns),
+        encode,
         batched=True,
         with_indices=True,
         batch_size=batch_size,
@@ -315,6 +325,14 @@ def encode_rows(
         cache_file_name=str(cache_folder / f"rows-{fingerprint}.arrow"),
         desc=f"Encoding {what}",
     )
+    notes = cache_folder / f"rows-{fingerprint}.json"
+    if encode.said:
+        unfinished = notes.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(encode.said))
+        unfinished.replace(notes)
+    elif notes.is_file():
+        for text in json.loads(notes.read_text()).values():
+            say(f"{what}: {text}")
     return encoded.with_format("torch")
 
 

@@ -50,19 +50,19 @@ class Preparation(ABC):
         """What a cell holds; raises `CellProblem` where that cannot be used."""
 
     @abstractmethod
-    def same(self, one: Any, other: Any) -> bool:
-        """Whether two decoded cells hold the same."""
-
-    @abstractmethod
     def tensor(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> Tensor:
         """A sample of `shape`, float32; pixels and waveforms are in [-1, 1]."""
 
+    def same(self, one: Any, other: Any) -> bool:
+        """Whether two decoded cells that were prepared to equal tensors would be at any crop. Default: yes."""
+        return True
+
     def conditioning(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
-        """`Family.image_conditioning` of a decoded cell."""
+        """`Family.image_conditioning`, or of sound `AudioFamily.sound_conditioning`, of a decoded cell."""
         return {}
 
     def uncropped_conditioning(self) -> dict[str, Tensor]:
-        """`Family.image_conditioning` of a sample that was neither resized nor cropped."""
+        """The same of a sample that was neither resized, nor cropped, nor filled up."""
         return {}
 
     def notes(self, decoded: Any) -> dict[str, str]:
@@ -81,6 +81,7 @@ class ImagePreparation(Preparation):
         super().__init__(pipeline, family)
         _refuse_frames(num_frames, self.pipeline_class, "images")
         self.resolution = resolution or family.resolution(pipeline)
+        family.check_resolution(pipeline, self.resolution)
         self.shape = (3, self.resolution, self.resolution)
 
     def feature(self, feature: Any) -> Any:
@@ -168,13 +169,18 @@ class WaveformPreparation(Preparation):
         # Here, since it can be refused.
         return Waveform(mix(waveform.samples, self.shape[0]), waveform.rate, waveform.samples.shape[0])
 
-    def same(self, one: Waveform, other: Waveform) -> bool:
-        return one.rate == other.rate and torch.equal(one.samples, other.samples)
-
     def tensor(self, decoded: Waveform, crop_at: tuple[float, float], flip: bool) -> Tensor:
         # What is cut off in the end need not be resampled, but for a second beyond the end, which the end depends on.
         needed = math.ceil(self.shape[1] * decoded.rate / self.rate) + decoded.rate
-        return fit(resample(decoded.samples[:, :needed], decoded.rate, self.rate), self.shape[1])
+        samples = resample(decoded.samples[:, :needed], decoded.rate, self.rate)[:, : self.shape[1]]
+        return fit(self.family.normalize(samples), self.shape[1])
+
+    def conditioning(self, decoded: Waveform, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
+        seconds = min(decoded.samples.shape[1] / decoded.rate, self.shape[1] / self.rate)
+        return self.family.sound_conditioning(self.pipeline, seconds)
+
+    def uncropped_conditioning(self) -> dict[str, Tensor]:
+        return self.family.sound_conditioning(self.pipeline, self.shape[1] / self.rate)
 
     def notes(self, decoded: Waveform) -> dict[str, str]:
         notes, (channels, length) = {}, self.shape

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
@@ -21,7 +23,9 @@ from .arrays import array_features
 
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_PROMPTS_VERSION = 2
+_PROMPTS_VERSION = 3
+# Cleaned by families that clean prompts, as far as the packages for it are installed: mended by ftfy, stripped by bs4.
+_CLEANED_IF_POSSIBLE = "<b>A &amp;amp; B</b> \u00e2\u20ac\u201c C"
 
 
 class PromptTable:
@@ -54,7 +58,11 @@ class PromptTable:
 
 
 def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
-    """Of all that `encode_prompts` depends on: encoders, tokenizers, and how pipeline and denoiser are configured."""
+    """Of all that `encode_prompts` depends on, prompts aside.
+
+    Encoders, tokenizers, how prompts are cleaned, and how pipeline and denoiser are configured. Ask for it after
+    prompts were encoded once: Sana's pipeline sets up its tokenizer only then.
+    """
     own = set(pipeline.config) - set(pipeline.components)
     configs = [
         {key: value for key, value in config.items() if not key.startswith("_")}
@@ -70,6 +78,7 @@ def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
                 if isinstance(part, PreTrainedTokenizerBase)
             ],
             json.dumps(configs, sort_keys=True, default=str),
+            family.tokenized_text(pipeline, _CLEANED_IF_POSSIBLE),
         ]
     )
 
@@ -99,13 +108,15 @@ def encode_prompt_table(
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, set of prompts.
+        cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, the versions of diffusers and
+            transformers, set of prompts.
     """
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
-    fingerprint = Hasher.hash([_PROMPTS_VERSION, text_fingerprint(pipeline, family), distinct])
+    versions = (diffusers.__version__, transformers.__version__)
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, versions, text_fingerprint(pipeline, family), distinct])
 
     def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
         texts = [prompt for prompt in batch["prompt"] if prompt]

@@ -12,11 +12,12 @@ from transformers.audio_utils import mel_filter_bank
 from .base import AudioFamily, PeftFormatFamily, encode_with_autoencoder_kl, model_inside
 
 
-# Of the spectrograms that the VAE and the vocoder were trained on, as in AudioLDM's configs; diffusers, which only
-# samples, does not store them.
+# Of the spectrograms that the VAE and the vocoder were trained on; diffusers, which only samples, does not store them.
+# AudioLDM-training-finetuning: config/2023_11_13_vae_autoencoder/16k_64.yaml and utilities/data/dataset.py.
 _WINDOW = 1024
 _MAX_FREQUENCY = 8000
 _FLOOR = 1e-5
+_PEAK = 0.5
 
 
 class AudioLDM2Family(PeftFormatFamily, AudioFamily):
@@ -70,10 +71,16 @@ class AudioLDM2Family(PeftFormatFamily, AudioFamily):
             )
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
+    def normalize(self, samples: Tensor) -> Tensor:
+        """Around 0, with a peak of 0.5, as AudioLDM was trained; silence stays silence."""
+        centred = samples - samples.mean()
+        return centred * (_PEAK / centred.abs().max().clamp(min=1e-8))
+
     def spectrograms(self, pipeline: AudioLDM2Pipeline, waveforms: Tensor) -> Tensor:
         """Log-mel spectrograms `(B, 1, frames, mels)` of waveforms `(B, 1, samples)`, one frame per hop.
 
         Magnitudes of a Hann window's Fourier transform, Slaney's mel filters, natural logarithm, no less than 1e-5.
+        Each frame is centred on its hop, as HiFi-GAN's are.
         """
         config = pipeline.vocoder.config
         hop = math.prod(config.upsample_rates)
@@ -86,17 +93,15 @@ class AudioLDM2Family(PeftFormatFamily, AudioFamily):
             norm="slaney",
             mel_scale="slaney",
         )
+        before = (_WINDOW - hop) // 2
         spectrum = torch.stft(
-            waveforms[:, 0].float(),
+            nn.functional.pad(waveforms.float(), (before, _WINDOW - hop - before), mode="reflect")[:, 0],
             _WINDOW,
             hop_length=hop,
             window=torch.hann_window(_WINDOW, device=waveforms.device),
-            center=True,
-            pad_mode="reflect",
+            center=False,
             return_complex=True,
         ).abs()
-        # A centred transform has a frame at each end, one more than there are hops.
-        spectrum = spectrum[..., : waveforms.shape[-1] // hop]
         mel = torch.from_numpy(filters.astype(np.float32)).to(waveforms.device).T @ spectrum
         return mel.clamp(min=_FLOOR).log().transpose(1, 2).unsqueeze(1)
 

@@ -74,14 +74,35 @@ class Family(ABC):
     def resolution(self, pipeline: DiffusionPipeline) -> int:
         """Side length in pixels of the square images that the pipeline generates by default."""
 
+    def size_step(self, pipeline: DiffusionPipeline) -> int:
+        """Pixels that a side must be a multiple of: one latent, or one patch where the denoiser takes patches."""
+        factor = getattr(pipeline, "vae_scale_factor_spatial", None) or pipeline.vae_scale_factor
+        patch = self.denoiser(pipeline).config.get("patch_size", 1)
+        return factor * (patch if isinstance(patch, int) else patch[-1])
+
+    def check_resolution(self, pipeline: DiffusionPipeline, side: int) -> None:
+        """Refuses images or clips whose (shorter) side is no whole number of patches.
+
+        Raises:
+            ValueError: Says what `resolution` may be.
+        """
+        step = self.size_step(pipeline)
+        if side % step:
+            below = max(side // step, 1) * step
+            raise ValueError(
+                f"resolution={side}: {type(pipeline).__name__} takes multiples of {step} pixels. Take {below} or "
+                f"{below + step}."
+            )
+
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of each prompt as the pipeline's own `__call__` computes it.
 
         Returns:
             Named tensors `(len(prompts), ...)`, float32, on the encoders' device, everything that `predict` needs
-            and `image_conditioning` does not give. Shapes do not depend on the prompts: embeddings are padded to a
-            fixed length, and a mask (1: token, 0: padding) stands beside them where the denoiser takes one.
+            and `image_conditioning` or `sound_conditioning` does not give. Shapes do not depend on the prompts:
+            embeddings are padded to a fixed length, and a mask (1: token, 0: padding) stands beside them where the
+            denoiser takes one.
         """
 
     def encode_unconditional(self, pipeline: DiffusionPipeline) -> dict[str, Tensor]:
@@ -189,13 +210,8 @@ class VideoFamily(Family):
         Raises:
             ValueError: The shorter side is not a whole number of patches.
         """
-        patch = self.denoiser(pipeline).config.patch_size
-        step = pipeline.vae_scale_factor_spatial * (patch if isinstance(patch, int) else patch[-1])
-        if shorter % step:
-            raise ValueError(
-                f"resolution={shorter}: the shorter side of {type(pipeline).__name__}'s clips must be a multiple of "
-                f"{step} pixels. Take {max(shorter // step, 1) * step}."
-            )
+        self.check_resolution(pipeline, shorter)
+        step = self.size_step(pipeline)
         _, *size = self.video_size(pipeline)
         height, width = (max(round(side * shorter / min(size) / step), 1) * step for side in size)
         return height, width
@@ -246,6 +262,25 @@ class AudioFamily(Family):
     @abstractmethod
     def audio_size(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
         """Channels and samples of the waveforms that the denoiser was made for."""
+
+    def normalize(self, samples: Tensor) -> Tensor:
+        """Sound as loud as what the model was trained on. Default: as it is.
+
+        Args:
+            samples: `(channels, samples)` float32 of one sound, of the model's rate, before silence fills it up.
+        """
+        return samples
+
+    def sound_conditioning(self, pipeline: DiffusionPipeline, seconds: float) -> dict[str, Tensor]:
+        """Conditioning on how one waveform was prepared; empty for families without it.
+
+        Args:
+            seconds: How long it sounds before the silence that fills it up to `audio_size`.
+
+        Returns:
+            Named float32 tensors without batch dimension; stacked, `predict` reads them from its `conditioning`.
+        """
+        return {}
 
     def resolution(self, pipeline: DiffusionPipeline) -> int:
         """Sound has none.

@@ -38,6 +38,10 @@ class FluxFamily(Family):
     def resolution(self, pipeline: FluxPipeline) -> int:
         return pipeline.default_sample_size * pipeline.vae_scale_factor
 
+    def size_step(self, pipeline: FluxPipeline) -> int:
+        # Two by two latents are packed into one token, outside the transformer.
+        return 2 * pipeline.vae_scale_factor
+
     def encode_prompts(self, pipeline: FluxPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`guidance`, `(len(prompts),)`, is there where the transformer embeds it."""
         with torch.no_grad():

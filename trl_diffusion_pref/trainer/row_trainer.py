@@ -45,8 +45,6 @@ class RowTrainer(DiffusionPreferenceTrainer):
         check_columns(dataset, what, ("prompt", *self.image_columns))
 
     def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        if not self.text_fingerprint:
-            self.text_fingerprint = text_fingerprint(self.pipeline, self.family)
         prompts: list[Any] = []
         for dataset in self._all_datasets(train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
@@ -67,6 +65,8 @@ class RowTrainer(DiffusionPreferenceTrainer):
         )
         if self.prompt_table is None:
             self.prompt_table = table
+            # Only now: a pipeline may set up its tokenizers when it encodes, and a second trainer must find the same.
+            self.text_fingerprint = text_fingerprint(self.pipeline, self.family)
         else:
             self.prompt_table.add(table)
 
@@ -89,7 +89,13 @@ class RowTrainer(DiffusionPreferenceTrainer):
         if isinstance(dataset, IterableDataset):
             return stream_rows(dataset, self.pipeline, self.family, options, **common)
         return encode_rows(
-            dataset, self.pipeline, self.family, options, cache_folder=self._cache_folder(args), **common
+            dataset,
+            self.pipeline,
+            self.family,
+            options,
+            cache_folder=self._cache_folder(args),
+            say=logger.warning,
+            **common,
         )
 
     def sample_size(self, args: DiffusionPreferenceConfig) -> int | list[int]:
