@@ -28,6 +28,9 @@ def _not_published(like: Published, model: str) -> Published:
     return Published(like.values, f"no published values; those of {model}")
 
 
+# One pipeline class serves both.
+_ONLY_SD15 = "; for Stable Diffusion 1.5, and nothing was published for 2.x"
+
 _MAPO_SDXL = Published(
     {"learning_rate": 1e-5},
     "released code's README (arXiv 2406.06424), constant, full and LoRA; the paper's second version has 1e-7, cosine, "
@@ -39,6 +42,7 @@ _DPO_RELEASED = Published(
     {"beta": 5000.0, "learning_rate": 2e-5},
     "released code (arXiv 2311.12908): 1e-8 times 2,048 pairs a step, 2.048e-5",
 )
+_DPO_SD15 = Published(_DPO_RELEASED.values, f"{_DPO_RELEASED.source}{_ONLY_SD15}")
 _DPO_AS_SD15 = _not_published(_DPO_RELEASED, "Stable Diffusion 1.5")
 # flow_grpo's own rate belongs to a LoRA in its setting; a default should be one that others found to hold.
 _DPO_SD35 = Published(
@@ -58,7 +62,7 @@ _DPO_AS_TANGO_2 = Published(
 
 _SELF_NPO_SD15 = Published(
     {"learning_rate": 1e-6, "weight_decay": 1e-3, "guidance_scale": 0.0},
-    "released Self-NPO code (arXiv 2505.11777), at 20 images a step and GPU",
+    f"released Self-NPO code (arXiv 2505.11777), at 20 images a step and GPU{_ONLY_SD15}",
 )
 _SELF_NPO_SDXL = Published(
     {"learning_rate": 1e-7, "weight_decay": 0.0, "guidance_scale": -4.0},
@@ -84,7 +88,7 @@ PUBLISHED: dict[str, dict[str, Published]] = {
         OTHER_FLOW: _MAPO_AS_SDXL,
     },
     "Diffusion-DPO": {
-        "StableDiffusionPipeline": _DPO_RELEASED,
+        "StableDiffusionPipeline": _DPO_SD15,
         "StableDiffusionXLPipeline": _DPO_RELEASED,
         "PixArtSigmaPipeline": _DPO_AS_SD15,
         "StableDiffusion3Pipeline": _DPO_SD35,
