@@ -37,7 +37,11 @@ class StableAudioFamily(PeftFormatFamily, AudioFamily):
         return {name: torch.zeros_like(tensor) for name, tensor in self.encode_prompts(pipeline, [""]).items()}
 
     def sound_conditioning(self, pipeline: StableAudioPipeline, seconds: float) -> dict[str, Tensor]:
-        """`duration_embeds`, `(2, d)`: where the sound starts, 0 s, and where it ends, as `audio_end_in_s` says it."""
+        """`duration_embeds`, `(2, d)`: where the sound starts, 0 s, and where it ends, as `audio_end_in_s` says it.
+
+        The authors' stable-audio-tools (data/utils.py) tells whole seconds, rounded up; the sampler takes any, and
+        what is asked of it is what training should have told.
+        """
         with torch.no_grad():
             start_and_end = pipeline.encode_duration(
                 call_default(pipeline, "audio_start_in_s"),

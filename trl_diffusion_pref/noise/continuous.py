@@ -136,7 +136,8 @@ class ContinuousVariancePreserving(ContinuousTimes):
     """x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise, target v = alpha noise - sigma x0, t in [0, 1].
 
     Stable Audio Open's (arXiv 2407.14358), with the angle of arXiv 2202.00512, appendix D. Its sampler counts in
-    sigma / alpha, and scales what it hands to the denoiser to this x_t. Times are drawn uniformly.
+    sigma / alpha, and scales what it hands to the denoiser to this x_t. Times are drawn uniformly, as the authors'
+    stable-audio-tools does by default (training/diffusion.py).
     """
 
     prediction_type = "v_prediction"
