@@ -24,7 +24,7 @@ class StableDiffusionFamily(Family):
         with torch.no_grad():
             prompt_embeds, _ = pipeline.encode_prompt(
                 list(prompts),
-                device=pipeline.text_encoder.device,
+                device=self.text_device(pipeline),
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
             )
