@@ -1,3 +1,6 @@
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +88,30 @@ def test_an_image_file_that_changed_is_encoded_again(tiny_pipeline, tmp_path):
     before = encode(dataset, tiny_pipeline, tmp_path)[0]["chosen_mean"]
     noise_image(2).save(tmp_path / "a.png")
     assert not torch.equal(encode(dataset, tiny_pipeline, tmp_path)[0]["chosen_mean"], before)
+
+
+@pytest.mark.parametrize("part", ["rows", "prompts"])
+def test_a_disk_without_room_is_refused_before_encoding_and_what_is_there_is_found(
+    part, tiny_pipeline, tmp_path, monkeypatch
+):
+    rows = image_pairs([(f"prompt {i}", png(noise_image(2 * i)), png(noise_image(2 * i + 1))) for i in range(3)])
+
+    def write():
+        if part == "rows":
+            return encode(rows, tiny_pipeline, tmp_path)
+        family = family_for(tiny_pipeline)
+        return encode_prompt_table(rows["prompt"], tiny_pipeline, family, cache_folder=tmp_path, batch_size=2)
+
+    # Two images' mean and deviation, of 4 x 8 x 8 numbers; four prompts with the empty one, of 16 x 32.
+    needed = {"rows": 3 * 2 * 2 * 4 * 8 * 8 * 4, "prompts": 4 * 16 * 32 * 4}[part]
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    with pytest.raises(ValueError, match=f"would take .* GB, and {tmp_path} has .* GB free. Set dataset_cache_dir"):
+        write()
+    assert not list(tmp_path.glob("*.arrow"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    write()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    write()
 
 
 def test_the_seed_matters_to_the_cache_for_random_crops_only(tiny_pipeline, tmp_path, monkeypatch):

@@ -52,6 +52,17 @@ def test_a_tone_is_loudest_where_its_frequency_is_on_the_mel_scale():
     assert family.spectrograms(pipeline, torch.zeros(1, 1, 2560)).unique().tolist() == pytest.approx([math.log(1e-5)])
 
 
+def test_each_frame_of_a_spectrogram_looks_at_the_middle_of_its_hop():
+    """As HiFi-GAN's: a click halfway through the ninth hop is in the middle of the ninth frame."""
+    pipeline = tiny.build("audioldm2")
+    click = torch.zeros(1, 1, 2560)
+    click[0, 0, 8 * 160 + 80] = 1.0
+    loudness = family_for(pipeline).spectrograms(pipeline, click)[0, 0].exp().sum(dim=-1)
+    assert loudness.argmax() == 8
+    for distance in (1, 2, 3):
+        torch.testing.assert_close(loudness[8 - distance], loudness[8 + distance])
+
+
 def test_a_prompt_beside_a_longer_one_has_the_embeddings_that_it_has_alone():
     pipeline = tiny.build("audioldm2")
     family = family_for(pipeline)

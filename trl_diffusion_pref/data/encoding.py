@@ -23,6 +23,7 @@ from .cells import CellProblem, paths_outside
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
 from .preparation import Preparation, preparation_for
 from .prompts import truncation_report, without_truncation_messages
+from .space import check_space
 
 
 logger = logging.getLogger(__name__)
@@ -298,7 +299,8 @@ def encode_rows(
         `image_conditioning_prefix`, and the extra columns.
 
     Raises:
-        ValueError: A row cannot be used; the message names row and column. The cache then holds nothing.
+        ValueError: A row cannot be used; the message names row and column. The cache then holds nothing. Or the disk
+            has no room for the whole.
     """
     # Prompts are cheap to read, so all are checked before hours of encoding.
     check_prompts(list(dataset["prompt"]), list(range(len(dataset))), what)
@@ -314,6 +316,8 @@ def encode_rows(
     samples = [family.modality, preparation.shape, preparation.key, sorted(shapes.items())]
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used), samples])
     encode = _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns)
+    file = cache_folder / f"rows-{fingerprint}.arrow"
+    check_space(file, len(dataset), shapes, f"{what}, encoded,")
     encoded = undecoded.map(
         encode,
         batched=True,
@@ -322,10 +326,10 @@ def encode_rows(
         remove_columns=["prompt", *options.image_columns, *extra_columns],
         features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
         new_fingerprint=fingerprint,
-        cache_file_name=str(cache_folder / f"rows-{fingerprint}.arrow"),
+        cache_file_name=str(file),
         desc=f"Encoding {what}",
     )
-    notes = cache_folder / f"rows-{fingerprint}.json"
+    notes = file.with_suffix(".json")
     if encode.said:
         unfinished = notes.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(encode.said))

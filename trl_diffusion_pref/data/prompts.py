@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from ..families import Family
 from ..fingerprint import weights_fingerprint
 from .arrays import array_features
+from .space import check_space
 
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
@@ -110,6 +111,9 @@ def encode_prompt_table(
         pipeline: Its text encoders are used where they are.
         cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, the versions of diffusers and
             transformers, set of prompts.
+
+    Raises:
+        ValueError: The disk has no room for the embeddings.
     """
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
@@ -125,7 +129,9 @@ def encode_prompt_table(
         parts = [unconditional] * ("" in batch["prompt"]) + [encoded] * bool(texts)
         return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in unconditional}
 
-    shapes = {name: tensor[0].shape for name, tensor in unconditional.items()}
+    shapes = {name: tuple(tensor[0].shape) for name, tensor in unconditional.items()}
+    file = cache_folder / f"prompts-{fingerprint}.arrow"
+    check_space(file, len(distinct), shapes, f"The embeddings of {len(distinct)} distinct prompts")
     with without_truncation_messages(pipeline):
         table = Dataset.from_dict({"prompt": distinct}).map(
             encode,
@@ -133,7 +139,7 @@ def encode_prompt_table(
             batch_size=batch_size,
             features=array_features(shapes, prompt="string"),
             new_fingerprint=fingerprint,
-            cache_file_name=str(cache_folder / f"prompts-{fingerprint}.arrow"),
+            cache_file_name=str(file),
             desc="Encoding prompts",
         )
     return PromptTable(table)
