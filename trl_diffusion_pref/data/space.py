@@ -28,6 +28,6 @@ def check_space(file: Path, rows: int, shapes: Mapping[str, tuple[int, ...]], wh
     if needed > free:
         raise ValueError(
             f"{what} would take {needed / 1e9:.1f} GB, and {file.parent} has {free / 1e9:.1f} GB free. Set "
-            "dataset_cache_dir to a folder on a larger disk, or stream the data set, which keeps nothing: "
-            "load_dataset(..., streaming=True)."
+            "dataset_cache_dir (of preference_accuracy: cache_folder) to a folder on a larger disk, or train on a "
+            "streamed data set, which keeps nothing: load_dataset(..., streaming=True)."
         )
