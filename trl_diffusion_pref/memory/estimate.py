@@ -9,6 +9,7 @@ from torch import nn
 
 from ..trainer.base_config import DiffusionPreferenceConfig
 from .held import bytes_of, count_of, optimizer_bytes, reference_of
+from .meta_modes import DEVICE_TYPES
 from .model import on_meta, trainable
 from .step import Step, images_of
 
@@ -74,6 +75,7 @@ def estimate_memory(
     model: str | os.PathLike | DiffusionPipeline | nn.Module,
     cfg: DiffusionPreferenceConfig,
     peft_config: LoraConfig | None = None,
+    device_type: str | None = None,
 ) -> MemoryEstimate:
     """What training on one device will need, found without allocating weights.
 
@@ -88,13 +90,16 @@ def estimate_memory(
             denoiser alone, on any device, taken to have the published text encoders and autoencoder. Not changed.
         cfg: The config of the trainer.
         peft_config: As for the trainer.
+        device_type: Whose autocast is counted, "cuda" or "cpu", which normalises in half precision where CUDA does in
+            float32. Default: the CPU's with `cfg.use_cpu`, else CUDA's. A config with `bf16=True` can be made on a
+            machine without a GPU with `use_cpu=True` alone; say "cuda" then.
 
     Returns:
         Bytes; printed, a table.
 
     Raises:
         TypeError: `cfg` is no config of this package; a model of an unsupported class, or one for clips or sound.
-        ValueError: An optimiser whose state is not known.
+        ValueError: An optimiser whose state, or a device whose autocast is not known.
 
     Example:
 
@@ -110,6 +115,10 @@ def estimate_memory(
             f"cfg is a {type(cfg).__name__}. Pass the config that the trainer will get: MaPOConfig, "
             "DiffusionDPOConfig or SelfNPOConfig."
         )
+    # Not the device of this machine: the estimate is asked for before there is one.
+    device_type = device_type or ("cpu" if cfg.use_cpu else "cuda")
+    if device_type not in DEVICE_TYPES:
+        raise ValueError(f"device_type={device_type!r}: autocast is known here of {' and '.join(DEVICE_TYPES)}.")
     family, denoiser, sizes = on_meta(model, cfg)
     if family.modality != "image":
         raise TypeError(
@@ -122,7 +131,7 @@ def estimate_memory(
     gradients, optimizer_state = bytes_of(trained), optimizer_bytes(cfg, trained)
     weights = bytes_of([*denoiser.parameters(), *denoiser.buffers()])
 
-    one_step = Step(family, denoiser, cfg, sizes, extra)
+    one_step = Step(family, denoiser, cfg, sizes, extra, device_type)
 
     def step(checkpointing: bool) -> tuple[int, int]:
         peak, activations = one_step.run(checkpointing)
@@ -131,7 +140,7 @@ def estimate_memory(
     total, activations = step(False)
     total_checkpointed, activations_checkpointed = step(True) if family.gradient_checkpointing else (None, None)
     parameters, trained_parameters = count_of(denoiser.parameters()), count_of(trained)
-    precision = "bf16" if cfg.bf16 else "fp16" if cfg.fp16 else "no"
+    precision = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({device_type})" if cfg.bf16 or cfg.fp16 else "no autocast"
     images = images_of(cfg)
     checkpointing = bool(cfg.activation_checkpointing or cfg.gradient_checkpointing)
     return MemoryEstimate(
@@ -148,7 +157,7 @@ def estimate_memory(
         checkpointing=checkpointing and family.gradient_checkpointing,
         conditions=(
             f"{family.pipeline_class}: {parameters / 1e6:,.1f} M parameters, {trained_parameters / 1e6:,.1f} M "
-            f"trained,\nlatents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision} autocast, "
+            f"trained,\nlatents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision}, "
             f"{getattr(cfg.optim, 'value', cfg.optim)}"
         ),
     )

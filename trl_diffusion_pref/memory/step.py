@@ -25,15 +25,27 @@ def images_of(cfg: DiffusionPreferenceConfig) -> int:
 
 
 class Step:
-    """Forward and backward of one batch on the meta device."""
+    """Forward and backward of one batch on the meta device.
+
+    Args:
+        extra: When a reference or teacher is called, see `held.reference_of`.
+        device_type: Whose autocast is counted, see `meta_modes.DEVICE_TYPES`.
+    """
 
     def __init__(
-        self, family: Family, denoiser: nn.Module, cfg: DiffusionPreferenceConfig, sizes: Sizes, extra: str
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        cfg: DiffusionPreferenceConfig,
+        sizes: Sizes,
+        extra: str,
+        device_type: str,
     ) -> None:
         self.family, self.denoiser, self.cfg, self.sizes, self.extra = family, denoiser, cfg, sizes, extra
         self.base = model_inside(denoiser)
         self.layouts: dict[tuple, list[tuple | None] | None] = {}
         self.dtype = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
+        self.device_type = device_type
 
     def run(self, checkpointing: bool) -> tuple[int, int]:
         """The most that lives at once beside weights, gradients included, and without them."""
@@ -62,7 +74,7 @@ class Step:
     @contextmanager
     def _again(self) -> Iterator[None]:
         # The backward pass runs outside the modes that surround it.
-        with torch.device("meta"), MetaModes(self.dtype):
+        with torch.device("meta"), MetaModes(self.dtype, self.device_type):
             yield
 
     def _forward_and_backward(self) -> None:
@@ -71,7 +83,9 @@ class Step:
         batch_tensors = [torch.empty(images, *size) for _ in range(5)]
         x_t, target = torch.empty(images, *size), batch_tensors[-1]
         conditioning = self._conditioning(images)
-        with MetaModes(self.dtype):
+        # A batch has one prompt per pair, beside the call's two.
+        prompts = self._conditioning(images // 2) if images > self.cfg.per_device_train_batch_size else {}  # noqa: F841
+        with MetaModes(self.dtype, self.device_type):
             if self.extra == "before":
                 scale = self.cfg.guidance_scale
                 if scale is None:
