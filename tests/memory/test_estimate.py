@@ -3,7 +3,9 @@
 import gc
 import json
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,11 @@ from trl_diffusion_pref import (
     estimate_memory,
 )
 from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, preference_pairs, prompts
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+import tiny  # noqa: E402
 
 
 TRAINERS = {MaPOConfig: MaPOTrainer, DiffusionDPOConfig: DiffusionDPOTrainer, SelfNPOConfig: SelfNPOTrainer}
@@ -95,6 +102,24 @@ def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
         trainer.train()
     assert estimate.total == pytest.approx(measured.peak, rel=0.05)
     assert estimate.trained_parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "pixart_sigma", "sana", "qwen_image"]
+)
+def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):
+    options = {"activation_checkpointing": False, "resolution": 16, "max_steps": 2}
+    cfg, pipeline = config_of(MaPOConfig, output_dir=str(tmp_path), **options), tiny.build(name)
+    estimate = estimate_memory(pipeline, cfg)
+    rows = preference_pairs(8)
+    if name == "qwen_image":
+        # It trains with as many tokens as the batch's longest prompt has, and the estimate has all that there can be.
+        rows = rows.map(lambda row, number: {"prompt": "a" * 600 if number % 2 else row["prompt"]}, with_indices=True)
+    trainer = MaPOTrainer(pipeline, cfg, rows)
+    gc.collect()
+    with PeakMemory(trainer.model) as measured:
+        trainer.train()
+    assert estimate.total == pytest.approx(measured.peak, rel=0.05)
 
 
 def test_sdxl_s_parts_are_known_before_anything_is_allocated():

@@ -81,9 +81,10 @@ def estimate_memory(
 
     Counted are all tensors of a step at the config's batch size (a pair is two images), resolution, precision,
     gradient accumulation and optimiser, with the reference or teacher that the trainer of this config holds, and with
-    attention in a kernel that keeps no matrix of weights. Left out: the accelerator's context, fragmentation and
-    workspaces of kernels, encoding before training, evaluation, what DDP adds (gradients once more, in buckets), and
-    what FSDP and DeepSpeed save.
+    attention in a kernel that keeps no matrix of weights. Prompts count as long as the pipeline takes them;
+    Qwen-Image, which trains with the batch's longest, needs less where all are short. Left out: the accelerator's
+    context, fragmentation and workspaces of kernels, encoding before training, evaluation, what DDP adds (gradients
+    once more, in buckets), and what FSDP and DeepSpeed save.
 
     Args:
         model: What the trainers take: a pipeline, or a Hub id or folder, of which configs alone are read. Or a

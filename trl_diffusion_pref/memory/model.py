@@ -72,10 +72,10 @@ def _from_configs(model: str | os.PathLike, cfg: DiffusionPreferenceConfig) -> t
     length = _CLIP_LENGTH
     if "tokenizer" in index:
         length = get_tokenizer_config(model, subfolder="tokenizer", **where).get("model_max_length", length)
-    return family, denoiser, sizes_of(family, denoiser, cfg, _vae_factor(vae), length)
+    return family, denoiser, sizes_of(family, denoiser, cfg, vae_factor(vae), length)
 
 
-def _vae_factor(config: dict[str, Any]) -> int:
+def vae_factor(config: dict[str, Any]) -> int:
     """Pixels per latent, as the pipelines compute it."""
     if "temperal_downsample" in config:
         return 2 ** len(config["temperal_downsample"])
