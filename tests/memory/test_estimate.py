@@ -3,7 +3,9 @@
 import gc
 import json
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,11 @@ from trl_diffusion_pref import (
     estimate_memory,
 )
 from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, preference_pairs, prompts
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
+
+import tiny  # noqa: E402
 
 
 TRAINERS = {MaPOConfig: MaPOTrainer, DiffusionDPOConfig: DiffusionDPOTrainer, SelfNPOConfig: SelfNPOTrainer}
@@ -65,6 +72,10 @@ CASES = [
     ("mixed", MaPOConfig, True, {"activation_checkpointing": True}),
     ("mixed", MaPOConfig, False, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
     ("mixed", MaPOConfig, False, {"bf16": True}),
+    ("mixed", MaPOConfig, True, {"bf16": True, "activation_checkpointing": False}),
+    ("mixed", DiffusionDPOConfig, True, {"bf16": True, "activation_checkpointing": False}),
+    ("flow", MaPOConfig, True, {"bf16": True, "activation_checkpointing": False}),
+    ("flow", DiffusionDPOConfig, False, {"bf16": True, "activation_checkpointing": False}),
     ("mixed", DiffusionDPOConfig, False, {"activation_checkpointing": False}),
     ("mixed", DiffusionDPOConfig, True, {"activation_checkpointing": True}),
     ("mixed", DiffusionDPOConfig, False, {"optim": "sgd", "reference": "precomputed", "reference_draws": 1}),
@@ -93,6 +104,24 @@ def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
     assert estimate.trained_parameters == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "name", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "pixart_sigma", "sana", "qwen_image"]
+)
+def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):
+    options = {"activation_checkpointing": False, "resolution": 16, "max_steps": 2}
+    cfg, pipeline = config_of(MaPOConfig, output_dir=str(tmp_path), **options), tiny.build(name)
+    estimate = estimate_memory(pipeline, cfg)
+    rows = preference_pairs(8)
+    if name == "qwen_image":
+        # It trains with as many tokens as the batch's longest prompt has, and the estimate has all that there can be.
+        rows = rows.map(lambda row, number: {"prompt": "a" * 600 if number % 2 else row["prompt"]}, with_indices=True)
+    trainer = MaPOTrainer(pipeline, cfg, rows)
+    gc.collect()
+    with PeakMemory(trainer.model) as measured:
+        trainer.train()
+    assert estimate.total == pytest.approx(measured.peak, rel=0.05)
+
+
 def test_sdxl_s_parts_are_known_before_anything_is_allocated():
     unet, cfg = sdxl_unet(), config_of(DiffusionDPOConfig, per_device_train_batch_size=1)
     with PeakMemory() as allocated:
@@ -110,7 +139,7 @@ def test_sdxl_s_parts_are_known_before_anything_is_allocated():
 
 def test_flux_s_lora_needs_no_second_model():
     cfg = config_of(DiffusionDPOConfig, per_device_train_batch_size=1, bf16=True)
-    estimate = estimate_memory(flux_transformer().to(torch.bfloat16), cfg, LoraConfig(r=16))
+    estimate = estimate_memory(flux_transformer().to(torch.bfloat16), cfg, LoraConfig(r=16), "cuda")
     assert estimate.parameters - estimate.trained_parameters == 11_901_408_320
     assert estimate.weights == 2 * 11_901_408_320 + 4 * estimate.trained_parameters
     assert estimate.reference == 0
@@ -171,11 +200,23 @@ def test_a_denoiser_alone_counts_as_one_with_published_encoders(base):
     assert alone.activations > whole.activations  # 77 tokens instead of 16
 
 
+def test_the_cpu_s_autocast_keeps_less_than_cuda_s():
+    pipeline, cfg = load_pipeline(), config_of(MaPOConfig, bf16=True, activation_checkpointing=False)
+    cpu, cuda = (estimate_memory(pipeline, cfg, device_type=device) for device in ("cpu", "cuda"))
+    assert cpu == estimate_memory(pipeline, cfg)
+    assert cpu.activations < 0.9 * cuda.activations
+    assert "bf16 autocast (cuda)" in str(cuda)
+    plain = config_of(MaPOConfig)
+    assert estimate_memory(pipeline, plain) == estimate_memory(pipeline, plain, device_type="cuda")
+
+
 def test_what_cannot_be_estimated_is_named():
     with pytest.raises(TypeError, match="cfg is a dict"):
         estimate_memory(load_pipeline(), {})
     with pytest.raises(TypeError, match="AutoencoderKL.*UNet2DConditionModel"):
         estimate_memory(load_pipeline().vae, config_of(MaPOConfig))
+    with pytest.raises(ValueError, match="device_type='mps'.*cuda and cpu"):
+        estimate_memory(load_pipeline(), config_of(MaPOConfig), device_type="mps")
     with pytest.raises(ValueError, match="optim='adafactor'"):
         estimate_memory(load_pipeline(), config_of(MaPOConfig, optim="adafactor"))
 

@@ -1,0 +1,10 @@
+"""How much memory training will need, before any of it is allocated.
+
+A step is run on the meta device, where tensors have shapes and no values, and the bytes of all that live at once are
+counted.
+"""
+
+from .estimate import MemoryEstimate, estimate_memory
+
+
+__all__ = ["MemoryEstimate", "estimate_memory"]
