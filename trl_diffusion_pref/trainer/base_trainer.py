@@ -21,11 +21,8 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.normalization import RMSNorm
-from diffusers.utils import recurse_remove_peft_layers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
@@ -37,8 +34,6 @@ from ..data import latent_shape, on_device
 from ..families import family_for
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..hub import (
-    PEFT_PREFIX,
-    check_exportable,
     export_lora,
     load_denoiser_weights,
     save_all_but_denoiser,
@@ -53,7 +48,14 @@ from .checkpoints import check_checkpoint_base, check_same_base, checkpoint_prob
 from .denormals import flush_denormals
 from .divergence import DivergenceError
 from .published import published
-from .references import REFERENCE_ADAPTER
+from .trainable import (
+    apply_gradient_checkpointing,
+    carries_adapter,
+    check_gradient_checkpointing,
+    check_trainable,
+    make_trainable,
+    take_out_of_peft_model,
+)
 
 
 logger = get_logger(__name__)
@@ -97,14 +99,16 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self.family = family_for(self.pipeline)
         self.noise_process = self.make_noise_process(args)
         self._fill_in(args)
-        base = self._base_denoiser()
+        base, wrapper = take_out_of_peft_model(self.pipeline, self.family)
+        # Whether the model came with an adapter, which is trained on.
+        self._adapter_before = carries_adapter(base)
         self._base_model = self._hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
         self._rounded_fingerprints = rounded_fingerprints(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
 
-        self._check_trainable(base, peft_config)
-        self._check_gradient_checkpointing(args)
+        check_trainable(base, self.family, peft_config)
+        check_gradient_checkpointing(args, self.family)
 
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._writing_checkpoint = False
@@ -128,8 +132,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 encoder.to("cpu")
 
         # Only now is the caller's pipeline changed, when all that can be refused has been.
-        denoiser = self._make_trainable(base, peft_config)
-        self._apply_gradient_checkpointing(base, args)
+        denoiser = make_trainable(base, self.pipeline, self.family, peft_config, wrapper)
+        apply_gradient_checkpointing(base, args)
         super().__init__(
             model=denoiser,
             args=args,
@@ -254,101 +258,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
         """Of the samples that are trained on."""
         return self.family.image_tokens(latent_shape(self.pipeline, self.family, args.resolution, args.num_frames))
-
-    def _base_denoiser(self) -> nn.Module:
-        """The denoiser as it was passed; an adapter that `PeftModel` wraps around it is kept for `_make_trainable`."""
-        denoiser = self.family.denoiser(self.pipeline)
-        self._adapter_before = denoiser if isinstance(denoiser, PeftModel) else None
-        if self._adapter_before is None:
-            return denoiser
-        base = denoiser.get_base_model()
-        setattr(self.pipeline, self.family.denoiser_name, base)
-        return base
-
-    def _check_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> None:
-        """Refuses what `_make_trainable` could not do well, before anything is changed."""
-        if base.config.get("time_cond_proj_dim") is not None:
-            raise ValueError(
-                f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
-                "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
-            )
-        if peft_config is not None:
-            check_exportable(peft_config)
-        if _carries_adapter(base):
-            if peft_config is not None:
-                raise ValueError(
-                    f"peft_config asks for a new adapter, but the pipeline's {self.family.denoiser_name} already "
-                    "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
-                    "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
-                    "and pipeline.unload_lora_weights())."
-                )
-        elif peft_config is None and base.dtype == torch.float16:
-            raise ValueError(
-                f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
-                "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
-                "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
-            )
-
-    def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
-        """Freezes everything, then makes the denoiser or an adapter in it trainable."""
-        for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
-        if _carries_adapter(base):
-            return self._trained_before(base)
-        if peft_config is not None:
-            peft_config = copy.deepcopy(peft_config)
-            if peft_config.target_modules is None:
-                peft_config.target_modules = list(self.family.lora_target_modules)
-            return get_peft_model(base, peft_config)
-        if base.dtype == torch.bfloat16:
-            logger.warning(
-                f"Full fine-tuning of a bfloat16 {self.family.denoiser_name}: updates below 1/256 of a weight are "
-                "rounded away. Load it in float32 and set bf16=True unless memory forbids."
-            )
-        return base.requires_grad_(True)
-
-    def _trained_before(self, base: nn.Module) -> PeftModel:
-        """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
-        model = self._adapter_before
-        if model is None:
-            # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
-            # An earlier trainer's frozen reference is no adapter to go on with.
-            names = [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
-            if len(names) != 1:
-                raise ValueError(
-                    f"The pipeline's {self.family.denoiser_name} carries {len(names)} adapters that can be found "
-                    f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
-                )
-            config = copy.deepcopy(base.peft_config[names[0]])
-            state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
-            _remove_adapters(base)
-            model = get_peft_model(base, config)
-            set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(f".{model.active_adapter}." in name)
-        self._adapter_before = model
-        return model
-
-    def _check_gradient_checkpointing(self, args: DiffusionPreferenceConfig) -> None:
-        """Switches the default off where the family cannot do it, and refuses what was asked for."""
-        if self.family.gradient_checkpointing or not (args.activation_checkpointing or args.gradient_checkpointing):
-            return
-        denoiser = f"The {self.family.denoiser_name} of {self.family.pipeline_class}"
-        if not args.checkpointing_is_default:
-            raise ValueError(
-                f"{denoiser} computes something else with activation checkpointing, so it would train something else. "
-                "Set activation_checkpointing=False."
-            )
-        logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
-        args.activation_checkpointing = args.gradient_checkpointing = False
-
-    def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
-        """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
-        if args.activation_checkpointing or args.gradient_checkpointing:
-            base.enable_gradient_checkpointing()
-        for name in ("activation_checkpointing", "gradient_checkpointing"):
-            setattr(args, name, False)
 
     @staticmethod
     def _all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
@@ -779,19 +688,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             dataset_name=dataset_name,
             tags=[*self._tag_names, *(["negative-model"] if self.trains_negative else []), *tags],
         )
-
-
-def _remove_adapters(denoiser: nn.Module) -> None:
-    if isinstance(denoiser, PeftAdapterMixin):
-        denoiser.unload_lora()
-        return
-    # Of pipelines without load_lora_weights: PEFT put them in.
-    recurse_remove_peft_layers(denoiser)
-    del denoiser.peft_config
-
-
-def _carries_adapter(module: nn.Module) -> bool:
-    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
 @contextmanager

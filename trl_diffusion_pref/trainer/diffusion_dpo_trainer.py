@@ -109,10 +109,10 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
         if self.args.reference == "precomputed":
             # At its start every model is its own reference, but for a new LoRA that does not start at zero.
-            return AdapterOff(self.model) if lora and self._adapter_before is None else Itself(self.model)
+            return AdapterOff(self.model) if lora and not self._adapter_before else Itself(self.model)
         kind = self.args.reference
         if kind == "auto":
-            kind = "copy" if not lora else "frozen_adapter" if self._adapter_before is not None else "adapter_off"
+            kind = "copy" if not lora else "frozen_adapter" if self._adapter_before else "adapter_off"
         if kind != "copy" and not lora:
             raise ValueError(f"reference={kind!r} needs a LoRA: pass peft_config, or use reference='copy'.")
         if self.args.sync_ref_model and kind == "adapter_off":
