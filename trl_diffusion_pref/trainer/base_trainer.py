@@ -44,7 +44,7 @@ from ..hub import (
 from ..noise import NoiseProcess, RectifiedFlow, noise_process
 from ..run_record import RUN_RECORD, write_run_record
 from .base_config import DiffusionPreferenceConfig
-from .checkpoints import check_checkpoint_base, check_same_base, checkpoint_problem, last_complete_checkpoint
+from .checkpoints import check_same_base, checkpoint_problem, checkpoint_to_resume, last_complete_checkpoint
 from .denormals import flush_denormals
 from .divergence import DivergenceError
 from .published import published
@@ -304,29 +304,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             ValueError: No complete checkpoint to resume from, or one of another base model.
             NonFiniteLossError: NaN or infinite loss.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint, incomplete = last_complete_checkpoint(Path(self.args.output_dir))
-            if incomplete:
-                logger.warning(f"Passing over unfinished checkpoints: {', '.join(incomplete)}.")
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no complete checkpoint in {self.args.output_dir} to resume from. Call train() without "
-                    "resume_from_checkpoint to start anew."
-                )
-        elif resume_from_checkpoint:
-            problem = checkpoint_problem(Path(resume_from_checkpoint))
-            if problem:
-                raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
-            check_checkpoint_base(
-                Path(resume_from_checkpoint),
-                self._base_fingerprint,
-                "Pass the base that it was trained from as model.",
-            )
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._base_fingerprint)
         self._undo_preparation_by_evaluation()
         self._metrics.clear()
-        self.start_of_training(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        self.start_of_training(checkpoint)
         with flush_denormals(self.args.device):
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
         # The pipeline is there to sample from now: no dropout, and its parts together on one device.
         self.model.eval()
         for encoder in self.family.encoders(self.pipeline):
