@@ -6,12 +6,9 @@ inherited behaviour, several times without an error; the comment at each says ho
 
 import copy
 import os
-import random
 import shutil
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,10 +41,15 @@ from ..hub import (
 from ..noise import NoiseProcess, RectifiedFlow, noise_process
 from ..run_record import RUN_RECORD, write_run_record
 from .base_config import DiffusionPreferenceConfig
-from .checkpoints import check_same_base, checkpoint_problem, checkpoint_to_resume, last_complete_checkpoint
+from .checkpoints import check_same_base, checkpoint_problem, checkpoint_to_resume
 from .denormals import flush_denormals
 from .divergence import DivergenceError
+from .eval_datasets import for_each_dataset, named_datasets
+from .global_generators import restored_generators
+from .metrics import IntervalMeans, gathered, joined
+from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
 from .published import published
+from .row_tables import compute_for_rows
 from .trainable import (
     apply_gradient_checkpointing,
     carries_adapter,
@@ -59,10 +61,6 @@ from .trainable import (
 
 
 logger = get_logger(__name__)
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the weights became NaN or infinite; the message names step, rows and the last good checkpoint."""
 
 
 class DiffusionPreferenceTrainer(_BaseTrainer):
@@ -110,7 +108,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         check_trainable(base, self.family, peft_config)
         check_gradient_checkpointing(args, self.family)
 
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics = IntervalMeans()
         self._writing_checkpoint = False
         self._pipeline_pushed = False
         streaming = any(
@@ -261,27 +259,15 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     @staticmethod
     def _all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
-        evaluation = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        evaluation = [dataset for _, dataset in named_datasets(eval_dataset)]
         return [dataset for dataset in [train_dataset, *evaluation] if dataset is not None]
 
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.check_dataset(train_dataset, "train_dataset")
-        self._check_eval(eval_dataset)
-
-    def _check_eval(self, eval_dataset: Any) -> None:
-        if isinstance(eval_dataset, dict):
-            for name, dataset in eval_dataset.items():
-                self.check_dataset(dataset, f"eval_dataset[{name!r}]")
-        elif eval_dataset is not None:
-            self.check_dataset(eval_dataset, "eval_dataset")
+        for_each_dataset(self.check_dataset, eval_dataset)
 
     def _encode_eval(self, eval_dataset: Any, args: DiffusionPreferenceConfig) -> Any:
-        if isinstance(eval_dataset, dict):
-            return {
-                name: self.encode_dataset(dataset, args, f"eval_dataset[{name!r}]")
-                for name, dataset in eval_dataset.items()
-            }
-        return eval_dataset if eval_dataset is None else self.encode_dataset(eval_dataset, args, "eval_dataset")
+        return for_each_dataset(lambda dataset, what: self.encode_dataset(dataset, args, what), eval_dataset)
 
     @staticmethod
     def _cache_folder(args: DiffusionPreferenceConfig) -> Path:
@@ -306,7 +292,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._base_fingerprint)
         self._undo_preparation_by_evaluation()
-        self._metrics.clear()
+        self._metrics = IntervalMeans()
         self.start_of_training(checkpoint)
         with flush_denormals(self.args.device):
             result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
@@ -352,21 +338,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     def _record(self, values: dict[str, Tensor], rows: Tensor) -> None:
         """Averages a batch's values over all processes; stops everywhere at once if a loss is not finite."""
-        names = list(values)
-        gathered = self.accelerator.gather(torch.stack([values[name].detach().float() for name in names], dim=1))
-        losses = gathered[:, names.index("loss")]
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
-            bad = sorted(set(self.accelerator.gather(rows)[~finite].tolist()))
+        samples, names = gathered(values, self.accelerator), list(values)
+        problem = non_finite_losses(samples[:, names.index("loss")], rows, self.accelerator)
+        if problem:
             self._save_before_stopping()
-            self._stop_non_finite(
-                self.state.global_step + 1,
-                f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset",
-            )
-        means = dict(zip(names, gathered.mean(dim=0).tolist(), strict=True))
-        for name, mean in means.items():
-            if name != "loss":  # transformers logs it
-                self._metrics[name].append(mean)
+            raise non_finite_error(self.state.global_step + 1, problem, Path(self.args.output_dir))
+        means = dict(zip(names, samples.mean(dim=0).tolist(), strict=True))
+        # transformers logs the loss.
+        self._metrics.add({name: mean for name, mean in means.items() if name != "loss"})
         self.record_step(means)
 
     def record_step(self, means: dict[str, float]) -> None:
@@ -375,16 +354,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def _save_before_stopping(self) -> None:
         """Keeps the weights of the last whole step, unless they are kept already, untrained or themselves wrecked."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        finite = not non_finite_weights(self.model)
         if self.state.global_step > 0 and finite and checkpoint_problem(folder) is not None:
             self._save_checkpoint(self.model, trial=None)
-
-    def _stop_non_finite(self, step: int, what: str) -> None:
-        good, _ = last_complete_checkpoint(Path(self.args.output_dir))
-        raise NonFiniteLossError(
-            f"At step {step} {what}. Training stopped. Last good checkpoint: "
-            f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
-        )
 
     def report_divergence(self, what: str, advice: str, *, stop: bool) -> None:
         """Warns, or saves a checkpoint and stops the run.
@@ -402,8 +374,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics' means since the last log to training logs."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
-            self._metrics.clear()
+            logs |= self._metrics.take()
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -419,35 +390,27 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
             # The loop calls this again for each of several data sets, which are encoded by then.
             if not all(
-                isinstance(dataset, (Dataset, IterableDataset)) and self.is_encoded(dataset) for dataset in given
+                isinstance(dataset, (Dataset, IterableDataset)) and self.is_encoded(dataset)
+                for _, dataset in named_datasets(eval_dataset)
             ):
-                self._check_eval(eval_dataset)
+                for_each_dataset(self.check_dataset, eval_dataset)
                 with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
                     self._prepare_encoding(self.args, None, eval_dataset)
                     eval_dataset = self._encode_eval(eval_dataset, self.args)
         self.evaluated_name = eval_dataset if isinstance(eval_dataset, str) else "" if eval_dataset is None else None
         # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
-        with torch.random.fork_rng(self._own_devices), _restored_numpy_and_python():
+        with restored_generators(self.args.device):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def named_eval_datasets(self) -> Iterator[tuple[str, Dataset | IterableDataset]]:
         """The evaluation data sets by the names under which `evaluate` runs them."""
-        if isinstance(self.eval_dataset, dict):
-            yield from self.eval_dataset.items()
-        elif self.eval_dataset is not None:
-            yield "", self.eval_dataset
+        return named_datasets(self.eval_dataset)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
         raise NotImplementedError("Sample with trainer.pipeline, or call evaluate() for metrics of a data set.")
-
-    @property
-    def _own_devices(self) -> list[int]:
-        """The CUDA device whose generator this process uses."""
-        return [self.args.device.index or 0] if self.args.device.type == "cuda" else []
 
     @property
     def shards_weights(self) -> bool:
@@ -470,25 +433,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)
         finally:
             self.args.dataloader_drop_last = drop_last
-        was_training = self.model.training
-        self.model.eval()
-        parts, rows = [], []
-        with (
-            torch.random.fork_rng(self._own_devices),
-            _restored_numpy_and_python(),
-            torch.no_grad(),
-            self.accelerator.autocast(),
-        ):
-            for inputs in loader:
-                inputs = self._prepare_inputs(inputs)
-                values, numbers = self.accelerator.gather_for_metrics((compute(inputs).float(), inputs["row"]))
-                parts.append(values.cpu())
-                rows.append(numbers.cpu())
-        self.model.train(was_training)
-        table, order = torch.cat(parts), torch.cat(rows).argsort()
-        if len(table) != len(dataset):
-            raise RuntimeError(f"{len(table)} of {len(dataset)} rows were computed; please report this.")
-        return table[order]
+        with restored_generators(self.args.device):
+            batches = map(self._prepare_inputs, loader)
+            return compute_for_rows(batches, compute, self.model, self.accelerator, len(dataset))
 
     def prediction_step(
         self,
@@ -508,22 +455,16 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         return None, torch.stack([values[name].float() for name in values], dim=1), inputs["row"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        means = self._stacked(prediction.predictions).astype(np.float64).mean(axis=0)
+        means = joined(prediction.predictions).astype(np.float64).mean(axis=0)
         return dict(zip(self._evaluated_names, means.tolist(), strict=True))
-
-    @staticmethod
-    def _stacked(values: np.ndarray | list[np.ndarray]) -> np.ndarray:
-        """One array, also where `eval_do_concat_batches=False` leaves a list of batches."""
-        return np.concatenate(values) if isinstance(values, list) else np.asarray(values)
 
     # ---- Saving and loading --------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        bad = [name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        bad = non_finite_weights(self.model)
         if bad:
-            self._stop_non_finite(
-                self.state.global_step, f"the weights of {bad[0]} are not finite, so no checkpoint was written"
-            )
+            what = f"the weights of {bad[0]} are not finite, so no checkpoint was written"
+            raise non_finite_error(self.state.global_step, what, Path(self.args.output_dir))
         self._writing_checkpoint = True
         try:
             if self.args.should_save:
@@ -671,13 +612,3 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             dataset_name=dataset_name,
             tags=[*self._tag_names, *(["negative-model"] if self.trains_negative else []), *tags],
         )
-
-
-@contextmanager
-def _restored_numpy_and_python() -> Iterator[None]:
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
