@@ -4,15 +4,12 @@ transformers' `Trainer` was made for language models. Each override below is the
 inherited behaviour, several times without an error; the comment at each says how.
 """
 
-import copy
 import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import torch
 from accelerate.logging import get_logger
@@ -30,25 +27,20 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..data import latent_shape, on_device
 from ..families import family_for
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
-from ..hub import (
-    export_lora,
-    load_denoiser_weights,
-    save_all_but_denoiser,
-    save_denoiser,
-    save_pipeline,
-    write_model_card,
-)
+from ..hub import save_all_but_denoiser, write_model_card
 from ..noise import NoiseProcess, RectifiedFlow, noise_process
-from ..run_record import RUN_RECORD, write_run_record
+from ..run_record import write_run_record
 from .base_config import DiffusionPreferenceConfig
+from .card_options import card_options
 from .checkpoints import check_same_base, checkpoint_problem, checkpoint_to_resume
 from .denormals import flush_denormals
 from .divergence import DivergenceError
-from .eval_datasets import for_each_dataset, named_datasets
+from .eval_datasets import all_datasets, for_each_dataset, named_datasets
 from .global_generators import restored_generators
 from .metrics import IntervalMeans, gathered, joined
+from .model_argument import hub_id, load_pipeline
 from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
-from .published import published
+from .published import fill_in
 from .row_tables import compute_for_rows
 from .trainable import (
     apply_gradient_checkpointing,
@@ -58,6 +50,7 @@ from .trainable import (
     make_trainable,
     take_out_of_peft_model,
 )
+from .weight_files import copy_weights, read_denoiser, write_weights
 
 
 logger = get_logger(__name__)
@@ -93,14 +86,16 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     ) -> None:
         args = self._own_args(args, model)
         self._check_datasets(train_dataset, eval_dataset)
-        self.pipeline = self._load_pipeline(model, args)
+        self.pipeline = load_pipeline(model, args.model_init_kwargs)
         self.family = family_for(self.pipeline)
         self.noise_process = self.make_noise_process(args)
-        self._fill_in(args)
+        flow = isinstance(self.noise_process, RectifiedFlow)
+        fill_in(args, self._name, self.family.pipeline_class, flow=flow)
+        args.check_filled_in()
         base, wrapper = take_out_of_peft_model(self.pipeline, self.family)
         # Whether the model came with an adapter, which is trained on.
         self._adapter_before = carries_adapter(base)
-        self._base_model = self._hub_id(model)
+        self._base_model = hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
         self._rounded_fingerprints = rounded_fingerprints(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
@@ -111,15 +106,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         self._metrics = IntervalMeans()
         self._writing_checkpoint = False
         self._pipeline_pushed = False
-        streaming = any(
-            isinstance(dataset, IterableDataset) for dataset in self._all_datasets(train_dataset, eval_dataset)
-        )
+        given = all_datasets(train_dataset, eval_dataset)
+        streaming = any(isinstance(dataset, IterableDataset) for dataset in given)
         if streaming:
             for encoder in self.family.encoders(self.pipeline):
                 encoder.to(args.device).eval()
         # The first process fills the cache, the others read it.
         with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
-            if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
+            if flow and self.noise_process.shift is None:
                 self.noise_process = self.make_noise_process(args, self._image_tokens(args))
             self._prepare_encoding(args, train_dataset, eval_dataset)
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
@@ -219,48 +213,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             raise TypeError(
                 f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
             )
-        args = copy.copy(args)
-        # transformers writes into this one.
-        args.accelerator_config = copy.deepcopy(args.accelerator_config)
-        # The columns of encoded rows are all needed, and differ between stored and streamed data sets.
-        args.remove_unused_columns = False
-        # Without a data seed, resuming and several processes shuffle differently.
-        if args.data_seed is None:
-            args.data_seed = args.seed
-        # accelerate looks for unused parameters in every model that is not transformers' own, at a cost per step.
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False
-        return args
-
-    def _fill_in(self, args: DiffusionPreferenceConfig) -> None:
-        """Gives the options that depend on the model, and that the user left out, the model's values."""
-        flow = isinstance(self.noise_process, RectifiedFlow)
-        for name, value in published(self._name, self.family.pipeline_class, flow=flow).values.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        args.check_filled_in()
-
-    def _load_pipeline(self, model: Any, args: DiffusionPreferenceConfig) -> DiffusionPipeline:
-        if not isinstance(model, (str, os.PathLike)):
-            if args.model_init_kwargs:
-                raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
-            return model
-        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-        return DiffusionPipeline.from_pretrained(model, **options)
-
-    def _hub_id(self, model: Any) -> str | None:
-        """The base's Hub id; None where it came from a local folder."""
-        name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
-        return name if name and not os.path.isdir(name) else None
+        return args.own_copy()
 
     def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
         """Of the samples that are trained on."""
         return self.family.image_tokens(latent_shape(self.pipeline, self.family, args.resolution, args.num_frames))
-
-    @staticmethod
-    def _all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
-        evaluation = [dataset for _, dataset in named_datasets(eval_dataset)]
-        return [dataset for dataset in [train_dataset, *evaluation] if dataset is not None]
 
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.check_dataset(train_dataset, "train_dataset")
@@ -268,12 +225,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     def _encode_eval(self, eval_dataset: Any, args: DiffusionPreferenceConfig) -> Any:
         return for_each_dataset(lambda dataset, what: self.encode_dataset(dataset, args, what), eval_dataset)
-
-    @staticmethod
-    def _cache_folder(args: DiffusionPreferenceConfig) -> Path:
-        folder = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models lack, and runs only where CI is unset."""
@@ -486,14 +437,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self._unwrapped, PeftModel):
-            trained = [self._unwrapped.active_adapter]
-            self._unwrapped.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
-            export_lora(self.pipeline, self.family, self._unwrapped, folder, state_dict)
-        elif self._writing_checkpoint:
-            save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
-        else:
-            save_pipeline(self.pipeline, self.family, folder, state_dict)
+        write_weights(
+            self._unwrapped,
+            self.pipeline,
+            self.family,
+            folder,
+            state_dict,
+            whole_pipeline=not self._writing_checkpoint,
+        )
         write_run_record(folder, self._run_record())
         torch.save(self.args, folder / "training_args.bin")
         # Last, because PEFT writes a card of its own.
@@ -523,21 +474,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self._load_denoiser(Path(resume_from_checkpoint))
+        read_denoiser(self._unwrapped, self.family, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
         if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
-        self._load_denoiser(Path(self.state.best_model_checkpoint))
-
-    def _load_denoiser(self, checkpoint: Path) -> None:
-        denoiser = self._unwrapped
-        folder = checkpoint / self.family.denoiser_name
-        if not folder.is_dir():
-            raise ValueError(f"{checkpoint} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
-        denoiser.load_state_dict(load_denoiser_weights(folder), strict=True)
+        read_denoiser(self._unwrapped, self.family, Path(self.state.best_model_checkpoint))
 
     # ---- Hub -----------------------------------------------------------------------------------------------------
 
@@ -549,18 +493,13 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if busy and not self.args.hub_always_push:
             return
         checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
-        if isinstance(self._unwrapped, PeftModel):
-            # Of the second pattern there is none where the pipeline cannot load it (`Family.lora_format`).
-            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("pytorch_lora_weights.safetensors")]:
-                shutil.copy(file, output_dir / file.name)
-        else:
-            name = self.family.denoiser_name
-            shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
-            if not self._pipeline_pushed:
-                # The frozen parts once; what lies in the folder may be another run's.
-                save_all_but_denoiser(self.pipeline, self.family, output_dir)
-                self._pipeline_pushed = True
-        shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
+        lora = isinstance(self._unwrapped, PeftModel)
+        copy_weights(self.family, checkpoint, output_dir, lora=lora)
+        if not lora and not self._pipeline_pushed:
+            # The frozen parts once; what lies in the folder may be another run's.
+            save_all_but_denoiser(self.pipeline, self.family, output_dir)
+            self._pipeline_pushed = True
+        write_run_record(output_dir, self._run_record())
         self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -579,23 +518,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         tags: str | list[str] | None = None,
     ) -> None:
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        own = set(self.config_class.__dataclass_fields__) - set(DiffusionPreferenceConfig.__dataclass_fields__)
-        shown = [
-            "learning_rate",
-            "lr_scheduler_type",
-            "optim",
-            "max_grad_norm",
-            "seed",
-            "weight_decay",
-            "prompt_dropout",
-            *sorted(own),
-        ]
-        options = {name: getattr(self.args, name) for name in shown}
-        options = {name: getattr(value, "value", value) for name, value in options.items()}
-        options[f"{self.sample_name} per step"] = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
-        options["steps"] = self.state.global_step
         write_model_card(
             folder,
             method=self._method or self._name,
@@ -606,7 +528,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             base_model=self._base_model,
             base_fingerprint=self._base_fingerprint,
             lora=isinstance(self._unwrapped, PeftModel),
-            options=options,
+            options=card_options(self.args, self.config_class, self.sample_name, self.state.global_step),
             model_name=model_name,
             repo_id=self.hub_model_id,
             dataset_name=dataset_name,

@@ -17,6 +17,12 @@ def named_datasets(eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableD
         yield "", eval_dataset
 
 
+def all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Dataset | IterableDataset]:
+    """Those that there are."""
+    evaluation = [dataset for _, dataset in named_datasets(eval_dataset)]
+    return [dataset for dataset in [train_dataset, *evaluation] if dataset is not None]
+
+
 def for_each_dataset(function: Callable[[Any, str], T], eval_dataset: Any) -> dict[str, T] | T | None:
     """What `function(dataset, what)` returns, in the form of `eval_dataset`; `what` names a data set in messages."""
     if isinstance(eval_dataset, dict):

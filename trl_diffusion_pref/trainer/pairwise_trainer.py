@@ -156,7 +156,7 @@ class PairwiseTrainer(RowTrainer):
             "precision": self.accelerator.mixed_precision,
         }
         return load_or_compute(
-            self._cache_folder(self.args),
+            self.args.cache_folder(),
             record,
             lambda: self.map_rows(
                 dataset, lambda inputs: self._elbos(self.model, inputs), self.args.per_device_eval_batch_size
