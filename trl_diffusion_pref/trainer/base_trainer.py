@@ -114,7 +114,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         # The first process fills the cache, the others read it.
         with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
             if flow and self.noise_process.shift is None:
-                self.noise_process = self.make_noise_process(args, self._image_tokens(args))
+                shape = latent_shape(self.pipeline, self.family, args.resolution, args.num_frames)
+                self.noise_process = self.make_noise_process(args, self.family.image_tokens(shape))
             self._prepare_encoding(args, train_dataset, eval_dataset)
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
             encoded_eval = self._encode_eval(eval_dataset, args)
@@ -215,10 +216,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             )
         return args.own_copy()
 
-    def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
-        """Of the samples that are trained on."""
-        return self.family.image_tokens(latent_shape(self.pipeline, self.family, args.resolution, args.num_frames))
-
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.check_dataset(train_dataset, "train_dataset")
         for_each_dataset(self.check_dataset, eval_dataset)
@@ -254,8 +251,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         return result
 
     def start_of_training(self, resumed_from: Path | None) -> None:
-        """Forgets what an earlier call of `train` left; `resumed_from` is the checkpoint that this one goes on "
-        "from."""
+        """Forgets what an earlier call of `train` left.
+
+        Args:
+            resumed_from: The checkpoint that this call goes on from.
+        """
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -499,7 +499,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             # The frozen parts once; what lies in the folder may be another run's.
             save_all_but_denoiser(self.pipeline, self.family, output_dir)
             self._pipeline_pushed = True
-        write_run_record(output_dir, self._run_record())
         self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 
