@@ -5,10 +5,9 @@ inherited behaviour, several times without an error; the comment at each says ho
 """
 
 import os
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from .denormals import flush_denormals
 from .divergence import DivergenceError
 from .eval_datasets import all_datasets, for_each_dataset, named_datasets
 from .global_generators import restored_generators
+from .hooks import TrainerHooks
 from .metrics import IntervalMeans, gathered, joined
 from .model_argument import hub_id, load_pipeline
 from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
@@ -56,21 +56,14 @@ from .weight_files import copy_weights, read_denoiser, write_weights
 logger = get_logger(__name__)
 
 
-class DiffusionPreferenceTrainer(_BaseTrainer):
+class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
     """Base of the trainers: pipeline, adapters, encoding, saving, resuming.
 
-    Subclasses set `config_class` and implement `encode_dataset`, `make_collator` and `sample_values`.
+    Subclasses fill in [`TrainerHooks`].
     """
 
-    config_class: ClassVar[type[DiffusionPreferenceConfig]]
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
-    # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
-    trains_negative = False
-    # What the model card says, where it is not the algorithm's name.
-    _method: str | None = None
-    # What a batch is made of.
-    sample_name = "pairs"
 
     def __init__(
         self,
@@ -140,48 +133,18 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         # Which of several evaluation data sets is being evaluated; "" where there is one.
         self.evaluated_name: str | None = ""
 
-    # ---- For subclasses ------------------------------------------------------------------------------------------
+    # ---- Construction --------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def check_dataset(self, dataset: Any, what: str) -> None:
-        """Raises where a data set cannot be trained on."""
-
-    @abstractmethod
-    def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        """Called once before `encode_dataset`, with the encoders on their device."""
-
-    @abstractmethod
-    def encode_dataset(
-        self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
-    ) -> Dataset | IterableDataset:
-        """Rows as the collator wants them, with a column `row`."""
-
-    @abstractmethod
-    def is_encoded(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a data set came out of `encode_dataset`."""
-
-    @abstractmethod
-    def make_collator(self) -> Callable:
-        """The default collator of encoded rows."""
-
-    @abstractmethod
-    def sample_values(
-        self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
-    ) -> dict[str, Tensor]:
-        """Per-sample values of a batch.
-
-        Args:
-            model: Possibly wrapped; call it through `self.family.predict`.
-            inputs: A collated batch with `row`.
-            keys: One key per sample for `randomness.generator_for`.
-
-        Returns:
-            `(B,)` float32 tensors: `loss` with gradient, and the metrics by their logged names.
-        """
-
-    @abstractmethod
-    def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
-        """One key per sample of the batch."""
+    def _own_args(self, args: DiffusionPreferenceConfig | None, model: Any) -> DiffusionPreferenceConfig:
+        """A copy that can be changed without the caller noticing."""
+        if args is None:
+            name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+            args = self.config_class(output_dir=f"{name}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
+            )
+        return args.own_copy()
 
     def make_noise_process(self, args: DiffusionPreferenceConfig, image_tokens: int | None = None) -> NoiseProcess:
         """The process of the pipeline's scheduler with the run's options.
@@ -198,23 +161,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             timestep_sampling=args.timestep_sampling,
             timestep_shift=args.timestep_shift,
         )
-
-    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on its device as the algorithm takes it."""
-        return inputs
-
-    # ---- Construction --------------------------------------------------------------------------------------------
-
-    def _own_args(self, args: DiffusionPreferenceConfig | None, model: Any) -> DiffusionPreferenceConfig:
-        """A copy that can be changed without the caller noticing."""
-        if args is None:
-            name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
-            args = self.config_class(output_dir=f"{name}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
-            )
-        return args.own_copy()
 
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.check_dataset(train_dataset, "train_dataset")
@@ -249,13 +195,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         for encoder in self.family.encoders(self.pipeline):
             encoder.to(self.args.device)
         return result
-
-    def start_of_training(self, resumed_from: Path | None) -> None:
-        """Forgets what an earlier call of `train` left.
-
-        Args:
-            resumed_from: The checkpoint that this call goes on from.
-        """
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -298,9 +237,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         # transformers logs the loss.
         self._metrics.add({name: mean for name, mean in means.items() if name != "loss"})
         self.record_step(means)
-
-    def record_step(self, means: dict[str, float]) -> None:
-        """Sees a training micro-batch's means over all processes."""
 
     def _save_before_stopping(self) -> None:
         """Keeps the weights of the last whole step, unless they are kept already, untrained or themselves wrecked."""
