@@ -1,8 +1,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
-from trl_diffusion_pref.trainer.row_tables import load_or_compute
+from trl_diffusion_pref.trainer.row_tables import compute_for_rows, load_or_compute
 
 
 RECORD = {"weights": "aa", "seed": 3}
@@ -34,3 +35,16 @@ def test_a_named_file_made_from_something_else_is_refused_with_the_differences(t
         ValueError, match="seed: made with 3, this run has 4\n  weights: made with 'aa', this run has 'b'"
     ):
         load_or_compute(tmp_path, {"weights": "b", "seed": 4}, lambda: torch.zeros(1), accelerator, name="errors")
+
+
+def test_a_table_is_in_order_of_rows_and_leaves_the_model_as_it_was(accelerator):
+    model = torch.nn.Dropout(0.5).train()
+    loader = accelerator.prepare(DataLoader([{"row": row} for row in (3, 0, 4, 1, 2)], batch_size=2))
+
+    def compute(batch):
+        assert not torch.is_grad_enabled()
+        return model(torch.stack([batch["row"] * 10, batch["row"] + 1], dim=1).double())
+
+    table = compute_for_rows(loader, compute, model, accelerator, 5)
+    assert torch.equal(table, torch.tensor([[10.0 * row, row + 1.0] for row in range(5)]))
+    assert table.dtype == torch.float32 and model.training

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl_diffusion_pref import MaPOTrainer
 from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.hub import save_pipeline
-from trl_diffusion_pref.trainer.base_trainer import NonFiniteLossError
+from trl_diffusion_pref.trainer.non_finite import NonFiniteLossError
 
 
 def draw(pipeline) -> np.ndarray:

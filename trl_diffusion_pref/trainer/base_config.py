@@ -1,8 +1,11 @@
 """Options that all trainers of this package share, on top of TRL's and transformers'."""
 
+import copy
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+import datasets
 import torch
 from trl.trainer.base_config import _BaseConfig
 
@@ -167,6 +170,27 @@ class DiffusionPreferenceConfig(_BaseConfig):
             raise ValueError(f"timestep_shift={self.timestep_shift}: it must be positive; 1 shifts nothing.")
         if self.eval_draws < 0:
             raise ValueError(f"eval_draws={self.eval_draws}: it must be 0 or more.")
+
+    def own_copy(self) -> Self:
+        """A trainer's copy, which it can change without the caller noticing."""
+        args = copy.copy(self)
+        # transformers writes into this one.
+        args.accelerator_config = copy.deepcopy(args.accelerator_config)
+        # The columns of encoded rows are all needed, and differ between stored and streamed data sets.
+        args.remove_unused_columns = False
+        # Without a data seed, resuming and several processes shuffle differently.
+        if args.data_seed is None:
+            args.data_seed = args.seed
+        # accelerate looks for unused parameters in every model that is not transformers' own, at a cost per step.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        return args
+
+    def cache_folder(self) -> Path:
+        """The folder of encoded data sets; made if it is not there."""
+        folder = Path(self.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def check_filled_in(self) -> None:
         """Checks the options that depend on the model; trainers call it when those that were None have their values.

@@ -4,28 +4,18 @@ transformers' `Trainer` was made for language models. Each override below is the
 inherited behaviour, several times without an error; the comment at each says how.
 """
 
-import copy
 import os
-import random
-import shutil
-from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.normalization import RMSNorm
-from diffusers.utils import recurse_remove_peft_layers
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
@@ -36,48 +26,44 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..data import latent_shape, on_device
 from ..families import family_for
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
-from ..hub import (
-    PEFT_PREFIX,
-    check_exportable,
-    export_lora,
-    load_denoiser_weights,
-    save_all_but_denoiser,
-    save_denoiser,
-    save_pipeline,
-    write_model_card,
-)
+from ..hub import save_all_but_denoiser, write_model_card
 from ..noise import NoiseProcess, RectifiedFlow, noise_process
-from ..run_record import RUN_RECORD, write_run_record
+from ..run_record import write_run_record
 from .base_config import DiffusionPreferenceConfig
-from .checkpoints import check_checkpoint_base, check_same_base, checkpoint_problem, last_complete_checkpoint
+from .card_options import card_options
+from .checkpoints import check_same_base, checkpoint_problem, checkpoint_to_resume
 from .denormals import flush_denormals
 from .divergence import DivergenceError
-from .published import published
-from .references import REFERENCE_ADAPTER
+from .eval_datasets import all_datasets, for_each_dataset, named_datasets
+from .global_generators import restored_generators
+from .hooks import TrainerHooks
+from .metrics import IntervalMeans, gathered, joined
+from .model_argument import hub_id, load_pipeline
+from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
+from .published import fill_in
+from .row_tables import compute_for_rows
+from .trainable import (
+    apply_gradient_checkpointing,
+    carries_adapter,
+    check_gradient_checkpointing,
+    check_trainable,
+    make_trainable,
+    take_out_of_peft_model,
+)
+from .weight_files import copy_weights, read_denoiser, write_weights
 
 
 logger = get_logger(__name__)
 
 
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the weights became NaN or infinite; the message names step, rows and the last good checkpoint."""
-
-
-class DiffusionPreferenceTrainer(_BaseTrainer):
+class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
     """Base of the trainers: pipeline, adapters, encoding, saving, resuming.
 
-    Subclasses set `config_class` and implement `encode_dataset`, `make_collator` and `sample_values`.
+    Subclasses fill in [`TrainerHooks`].
     """
 
-    config_class: ClassVar[type[DiffusionPreferenceConfig]]
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False
-    # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
-    trains_negative = False
-    # What the model card says, where it is not the algorithm's name.
-    _method: str | None = None
-    # What a batch is made of.
-    sample_name = "pairs"
 
     def __init__(
         self,
@@ -93,32 +79,36 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     ) -> None:
         args = self._own_args(args, model)
         self._check_datasets(train_dataset, eval_dataset)
-        self.pipeline = self._load_pipeline(model, args)
+        self.pipeline = load_pipeline(model, args.model_init_kwargs)
         self.family = family_for(self.pipeline)
         self.noise_process = self.make_noise_process(args)
-        self._fill_in(args)
-        base = self._base_denoiser()
-        self._base_model = self._hub_id(model)
+        flow = isinstance(self.noise_process, RectifiedFlow)
+        fill_in(args, self._name, self.family.pipeline_class, flow=flow)
+        args.check_filled_in()
+        base, wrapper = take_out_of_peft_model(self.pipeline, self.family)
+        # Whether the model came with an adapter, which is trained on.
+        self._adapter_before = carries_adapter(base)
+        self._base_model = hub_id(model)
         self._base_fingerprint = weights_fingerprint(base)
         self._rounded_fingerprints = rounded_fingerprints(base)
         check_same_base(Path(args.output_dir), self._base_fingerprint)
 
-        self._check_trainable(base, peft_config)
-        self._check_gradient_checkpointing(args)
+        check_trainable(base, self.family, peft_config)
+        check_gradient_checkpointing(args, self.family)
 
-        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._metrics = IntervalMeans()
         self._writing_checkpoint = False
         self._pipeline_pushed = False
-        streaming = any(
-            isinstance(dataset, IterableDataset) for dataset in self._all_datasets(train_dataset, eval_dataset)
-        )
+        given = all_datasets(train_dataset, eval_dataset)
+        streaming = any(isinstance(dataset, IterableDataset) for dataset in given)
         if streaming:
             for encoder in self.family.encoders(self.pipeline):
                 encoder.to(args.device).eval()
         # The first process fills the cache, the others read it.
         with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
-            if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
-                self.noise_process = self.make_noise_process(args, self._image_tokens(args))
+            if flow and self.noise_process.shift is None:
+                shape = latent_shape(self.pipeline, self.family, args.resolution, args.num_frames)
+                self.noise_process = self.make_noise_process(args, self.family.image_tokens(shape))
             self._prepare_encoding(args, train_dataset, eval_dataset)
             encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
             encoded_eval = self._encode_eval(eval_dataset, args)
@@ -128,8 +118,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
                 encoder.to("cpu")
 
         # Only now is the caller's pipeline changed, when all that can be refused has been.
-        denoiser = self._make_trainable(base, peft_config)
-        self._apply_gradient_checkpointing(base, args)
+        denoiser = make_trainable(base, self.pipeline, self.family, peft_config, wrapper)
+        apply_gradient_checkpointing(base, args)
         super().__init__(
             model=denoiser,
             args=args,
@@ -143,48 +133,18 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         # Which of several evaluation data sets is being evaluated; "" where there is one.
         self.evaluated_name: str | None = ""
 
-    # ---- For subclasses ------------------------------------------------------------------------------------------
+    # ---- Construction --------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def check_dataset(self, dataset: Any, what: str) -> None:
-        """Raises where a data set cannot be trained on."""
-
-    @abstractmethod
-    def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
-        """Called once before `encode_dataset`, with the encoders on their device."""
-
-    @abstractmethod
-    def encode_dataset(
-        self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig, what: str
-    ) -> Dataset | IterableDataset:
-        """Rows as the collator wants them, with a column `row`."""
-
-    @abstractmethod
-    def is_encoded(self, dataset: Dataset | IterableDataset) -> bool:
-        """Whether a data set came out of `encode_dataset`."""
-
-    @abstractmethod
-    def make_collator(self) -> Callable:
-        """The default collator of encoded rows."""
-
-    @abstractmethod
-    def sample_values(
-        self, model: nn.Module, inputs: dict[str, Tensor], keys: list[tuple[int, ...]]
-    ) -> dict[str, Tensor]:
-        """Per-sample values of a batch.
-
-        Args:
-            model: Possibly wrapped; call it through `self.family.predict`.
-            inputs: A collated batch with `row`.
-            keys: One key per sample for `randomness.generator_for`.
-
-        Returns:
-            `(B,)` float32 tensors: `loss` with gradient, and the metrics by their logged names.
-        """
-
-    @abstractmethod
-    def random_keys(self, inputs: dict[str, Tensor], training: bool) -> list[tuple[int, ...]]:
-        """One key per sample of the batch."""
+    def _own_args(self, args: DiffusionPreferenceConfig | None, model: Any) -> DiffusionPreferenceConfig:
+        """A copy that can be changed without the caller noticing."""
+        if args is None:
+            name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
+            args = self.config_class(output_dir=f"{name}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
+            )
+        return args.own_copy()
 
     def make_noise_process(self, args: DiffusionPreferenceConfig, image_tokens: int | None = None) -> NoiseProcess:
         """The process of the pipeline's scheduler with the run's options.
@@ -202,183 +162,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             timestep_shift=args.timestep_shift,
         )
 
-    def arranged(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch on its device as the algorithm takes it."""
-        return inputs
-
-    # ---- Construction --------------------------------------------------------------------------------------------
-
-    def _own_args(self, args: DiffusionPreferenceConfig | None, model: Any) -> DiffusionPreferenceConfig:
-        """A copy that can be changed without the caller noticing."""
-        if args is None:
-            name = Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
-            args = self.config_class(output_dir=f"{name}-{self._name}")
-        if not isinstance(args, self.config_class):
-            raise TypeError(
-                f"args is a {type(args).__name__}; {type(self).__name__} takes a {self.config_class.__name__}."
-            )
-        args = copy.copy(args)
-        # transformers writes into this one.
-        args.accelerator_config = copy.deepcopy(args.accelerator_config)
-        # The columns of encoded rows are all needed, and differ between stored and streamed data sets.
-        args.remove_unused_columns = False
-        # Without a data seed, resuming and several processes shuffle differently.
-        if args.data_seed is None:
-            args.data_seed = args.seed
-        # accelerate looks for unused parameters in every model that is not transformers' own, at a cost per step.
-        if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False
-        return args
-
-    def _fill_in(self, args: DiffusionPreferenceConfig) -> None:
-        """Gives the options that depend on the model, and that the user left out, the model's values."""
-        flow = isinstance(self.noise_process, RectifiedFlow)
-        for name, value in published(self._name, self.family.pipeline_class, flow=flow).values.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        args.check_filled_in()
-
-    def _load_pipeline(self, model: Any, args: DiffusionPreferenceConfig) -> DiffusionPipeline:
-        if not isinstance(model, (str, os.PathLike)):
-            if args.model_init_kwargs:
-                raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
-            return model
-        options = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
-        return DiffusionPipeline.from_pretrained(model, **options)
-
-    def _hub_id(self, model: Any) -> str | None:
-        """The base's Hub id; None where it came from a local folder."""
-        name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
-        return name if name and not os.path.isdir(name) else None
-
-    def _image_tokens(self, args: DiffusionPreferenceConfig) -> int:
-        """Of the samples that are trained on."""
-        return self.family.image_tokens(latent_shape(self.pipeline, self.family, args.resolution, args.num_frames))
-
-    def _base_denoiser(self) -> nn.Module:
-        """The denoiser as it was passed; an adapter that `PeftModel` wraps around it is kept for `_make_trainable`."""
-        denoiser = self.family.denoiser(self.pipeline)
-        self._adapter_before = denoiser if isinstance(denoiser, PeftModel) else None
-        if self._adapter_before is None:
-            return denoiser
-        base = denoiser.get_base_model()
-        setattr(self.pipeline, self.family.denoiser_name, base)
-        return base
-
-    def _check_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> None:
-        """Refuses what `_make_trainable` could not do well, before anything is changed."""
-        if base.config.get("time_cond_proj_dim") is not None:
-            raise ValueError(
-                f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
-                "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
-            )
-        if peft_config is not None:
-            check_exportable(peft_config)
-        if _carries_adapter(base):
-            if peft_config is not None:
-                raise ValueError(
-                    f"peft_config asks for a new adapter, but the pipeline's {self.family.denoiser_name} already "
-                    "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
-                    "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
-                    "and pipeline.unload_lora_weights())."
-                )
-        elif peft_config is None and base.dtype == torch.float16:
-            raise ValueError(
-                f"The {self.family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
-                "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
-                "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
-            )
-
-    def _make_trainable(self, base: nn.Module, peft_config: LoraConfig | None) -> nn.Module:
-        """Freezes everything, then makes the denoiser or an adapter in it trainable."""
-        for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.requires_grad_(False)
-        if _carries_adapter(base):
-            return self._trained_before(base)
-        if peft_config is not None:
-            peft_config = copy.deepcopy(peft_config)
-            if peft_config.target_modules is None:
-                peft_config.target_modules = list(self.family.lora_target_modules)
-            return get_peft_model(base, peft_config)
-        if base.dtype == torch.bfloat16:
-            logger.warning(
-                f"Full fine-tuning of a bfloat16 {self.family.denoiser_name}: updates below 1/256 of a weight are "
-                "rounded away. Load it in float32 and set bf16=True unless memory forbids."
-            )
-        return base.requires_grad_(True)
-
-    def _trained_before(self, base: nn.Module) -> PeftModel:
-        """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
-        model = self._adapter_before
-        if model is None:
-            # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
-            # An earlier trainer's frozen reference is no adapter to go on with.
-            names = [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
-            if len(names) != 1:
-                raise ValueError(
-                    f"The pipeline's {self.family.denoiser_name} carries {len(names)} adapters that can be found "
-                    f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
-                )
-            config = copy.deepcopy(base.peft_config[names[0]])
-            state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
-            _remove_adapters(base)
-            model = get_peft_model(base, config)
-            set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(f".{model.active_adapter}." in name)
-        self._adapter_before = model
-        return model
-
-    def _check_gradient_checkpointing(self, args: DiffusionPreferenceConfig) -> None:
-        """Switches the default off where the family cannot do it, and refuses what was asked for."""
-        if self.family.gradient_checkpointing or not (args.activation_checkpointing or args.gradient_checkpointing):
-            return
-        denoiser = f"The {self.family.denoiser_name} of {self.family.pipeline_class}"
-        if not args.checkpointing_is_default:
-            raise ValueError(
-                f"{denoiser} computes something else with activation checkpointing, so it would train something else. "
-                "Set activation_checkpointing=False."
-            )
-        logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
-        args.activation_checkpointing = args.gradient_checkpointing = False
-
-    def _apply_gradient_checkpointing(self, base: nn.Module, args: DiffusionPreferenceConfig) -> None:
-        """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
-        if args.activation_checkpointing or args.gradient_checkpointing:
-            base.enable_gradient_checkpointing()
-        for name in ("activation_checkpointing", "gradient_checkpointing"):
-            setattr(args, name, False)
-
-    @staticmethod
-    def _all_datasets(train_dataset: Any, eval_dataset: Any) -> list[Any]:
-        evaluation = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        return [dataset for dataset in [train_dataset, *evaluation] if dataset is not None]
-
     def _check_datasets(self, train_dataset: Any, eval_dataset: Any) -> None:
         self.check_dataset(train_dataset, "train_dataset")
-        self._check_eval(eval_dataset)
-
-    def _check_eval(self, eval_dataset: Any) -> None:
-        if isinstance(eval_dataset, dict):
-            for name, dataset in eval_dataset.items():
-                self.check_dataset(dataset, f"eval_dataset[{name!r}]")
-        elif eval_dataset is not None:
-            self.check_dataset(eval_dataset, "eval_dataset")
+        for_each_dataset(self.check_dataset, eval_dataset)
 
     def _encode_eval(self, eval_dataset: Any, args: DiffusionPreferenceConfig) -> Any:
-        if isinstance(eval_dataset, dict):
-            return {
-                name: self.encode_dataset(dataset, args, f"eval_dataset[{name!r}]")
-                for name, dataset in eval_dataset.items()
-            }
-        return eval_dataset if eval_dataset is None else self.encode_dataset(eval_dataset, args, "eval_dataset")
-
-    @staticmethod
-    def _cache_folder(args: DiffusionPreferenceConfig) -> Path:
-        folder = Path(args.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return for_each_dataset(lambda dataset, what: self.encode_dataset(dataset, args, what), eval_dataset)
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models lack, and runs only where CI is unset."""
@@ -395,38 +184,17 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             ValueError: No complete checkpoint to resume from, or one of another base model.
             NonFiniteLossError: NaN or infinite loss.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint, incomplete = last_complete_checkpoint(Path(self.args.output_dir))
-            if incomplete:
-                logger.warning(f"Passing over unfinished checkpoints: {', '.join(incomplete)}.")
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no complete checkpoint in {self.args.output_dir} to resume from. Call train() without "
-                    "resume_from_checkpoint to start anew."
-                )
-        elif resume_from_checkpoint:
-            problem = checkpoint_problem(Path(resume_from_checkpoint))
-            if problem:
-                raise ValueError(f"Cannot resume from {resume_from_checkpoint}: {problem}.")
-            check_checkpoint_base(
-                Path(resume_from_checkpoint),
-                self._base_fingerprint,
-                "Pass the base that it was trained from as model.",
-            )
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, Path(self.args.output_dir), self._base_fingerprint)
         self._undo_preparation_by_evaluation()
-        self._metrics.clear()
-        self.start_of_training(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        self._metrics = IntervalMeans()
+        self.start_of_training(checkpoint)
         with flush_denormals(self.args.device):
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
         # The pipeline is there to sample from now: no dropout, and its parts together on one device.
         self.model.eval()
         for encoder in self.family.encoders(self.pipeline):
             encoder.to(self.args.device)
         return result
-
-    def start_of_training(self, resumed_from: Path | None) -> None:
-        """Forgets what an earlier call of `train` left; `resumed_from` is the checkpoint that this one goes on "
-        "from."""
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -460,39 +228,22 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
 
     def _record(self, values: dict[str, Tensor], rows: Tensor) -> None:
         """Averages a batch's values over all processes; stops everywhere at once if a loss is not finite."""
-        names = list(values)
-        gathered = self.accelerator.gather(torch.stack([values[name].detach().float() for name in names], dim=1))
-        losses = gathered[:, names.index("loss")]
-        finite = torch.isfinite(losses)
-        if not bool(finite.all()):
-            bad = sorted(set(self.accelerator.gather(rows)[~finite].tolist()))
+        samples, names = gathered(values, self.accelerator), list(values)
+        problem = non_finite_losses(samples[:, names.index("loss")], rows, self.accelerator)
+        if problem:
             self._save_before_stopping()
-            self._stop_non_finite(
-                self.state.global_step + 1,
-                f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset",
-            )
-        means = dict(zip(names, gathered.mean(dim=0).tolist(), strict=True))
-        for name, mean in means.items():
-            if name != "loss":  # transformers logs it
-                self._metrics[name].append(mean)
+            raise non_finite_error(self.state.global_step + 1, problem, Path(self.args.output_dir))
+        means = dict(zip(names, samples.mean(dim=0).tolist(), strict=True))
+        # transformers logs the loss.
+        self._metrics.add({name: mean for name, mean in means.items() if name != "loss"})
         self.record_step(means)
-
-    def record_step(self, means: dict[str, float]) -> None:
-        """Sees a training micro-batch's means over all processes."""
 
     def _save_before_stopping(self) -> None:
         """Keeps the weights of the last whole step, unless they are kept already, untrained or themselves wrecked."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        finite = not non_finite_weights(self.model)
         if self.state.global_step > 0 and finite and checkpoint_problem(folder) is not None:
             self._save_checkpoint(self.model, trial=None)
-
-    def _stop_non_finite(self, step: int, what: str) -> None:
-        good, _ = last_complete_checkpoint(Path(self.args.output_dir))
-        raise NonFiniteLossError(
-            f"At step {step} {what}. Training stopped. Last good checkpoint: "
-            f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
-        )
 
     def report_divergence(self, what: str, advice: str, *, stop: bool) -> None:
         """Warns, or saves a checkpoint and stops the run.
@@ -510,8 +261,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics' means since the last log to training logs."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
-            self._metrics.clear()
+            logs |= self._metrics.take()
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -527,35 +277,27 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            given = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
             # The loop calls this again for each of several data sets, which are encoded by then.
             if not all(
-                isinstance(dataset, (Dataset, IterableDataset)) and self.is_encoded(dataset) for dataset in given
+                isinstance(dataset, (Dataset, IterableDataset)) and self.is_encoded(dataset)
+                for _, dataset in named_datasets(eval_dataset)
             ):
-                self._check_eval(eval_dataset)
+                for_each_dataset(self.check_dataset, eval_dataset)
                 with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
                     self._prepare_encoding(self.args, None, eval_dataset)
                     eval_dataset = self._encode_eval(eval_dataset, self.args)
         self.evaluated_name = eval_dataset if isinstance(eval_dataset, str) else "" if eval_dataset is None else None
         # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
-        with torch.random.fork_rng(self._own_devices), _restored_numpy_and_python():
+        with restored_generators(self.args.device):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
     def named_eval_datasets(self) -> Iterator[tuple[str, Dataset | IterableDataset]]:
         """The evaluation data sets by the names under which `evaluate` runs them."""
-        if isinstance(self.eval_dataset, dict):
-            yield from self.eval_dataset.items()
-        elif self.eval_dataset is not None:
-            yield "", self.eval_dataset
+        return named_datasets(self.eval_dataset)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
         raise NotImplementedError("Sample with trainer.pipeline, or call evaluate() for metrics of a data set.")
-
-    @property
-    def _own_devices(self) -> list[int]:
-        """The CUDA device whose generator this process uses."""
-        return [self.args.device.index or 0] if self.args.device.type == "cuda" else []
 
     @property
     def shards_weights(self) -> bool:
@@ -578,25 +320,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)
         finally:
             self.args.dataloader_drop_last = drop_last
-        was_training = self.model.training
-        self.model.eval()
-        parts, rows = [], []
-        with (
-            torch.random.fork_rng(self._own_devices),
-            _restored_numpy_and_python(),
-            torch.no_grad(),
-            self.accelerator.autocast(),
-        ):
-            for inputs in loader:
-                inputs = self._prepare_inputs(inputs)
-                values, numbers = self.accelerator.gather_for_metrics((compute(inputs).float(), inputs["row"]))
-                parts.append(values.cpu())
-                rows.append(numbers.cpu())
-        self.model.train(was_training)
-        table, order = torch.cat(parts), torch.cat(rows).argsort()
-        if len(table) != len(dataset):
-            raise RuntimeError(f"{len(table)} of {len(dataset)} rows were computed; please report this.")
-        return table[order]
+        with restored_generators(self.args.device):
+            batches = map(self._prepare_inputs, loader)
+            return compute_for_rows(batches, compute, self.model, self.accelerator, len(dataset))
 
     def prediction_step(
         self,
@@ -616,22 +342,16 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         return None, torch.stack([values[name].float() for name in values], dim=1), inputs["row"]
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        means = self._stacked(prediction.predictions).astype(np.float64).mean(axis=0)
+        means = joined(prediction.predictions).astype(np.float64).mean(axis=0)
         return dict(zip(self._evaluated_names, means.tolist(), strict=True))
-
-    @staticmethod
-    def _stacked(values: np.ndarray | list[np.ndarray]) -> np.ndarray:
-        """One array, also where `eval_do_concat_batches=False` leaves a list of batches."""
-        return np.concatenate(values) if isinstance(values, list) else np.asarray(values)
 
     # ---- Saving and loading --------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        bad = [name for name, parameter in self.model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        bad = non_finite_weights(self.model)
         if bad:
-            self._stop_non_finite(
-                self.state.global_step, f"the weights of {bad[0]} are not finite, so no checkpoint was written"
-            )
+            what = f"the weights of {bad[0]} are not finite, so no checkpoint was written"
+            raise non_finite_error(self.state.global_step, what, Path(self.args.output_dir))
         self._writing_checkpoint = True
         try:
             if self.args.should_save:
@@ -653,14 +373,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(self._unwrapped, PeftModel):
-            trained = [self._unwrapped.active_adapter]
-            self._unwrapped.save_pretrained(folder, state_dict=state_dict, selected_adapters=trained)
-            export_lora(self.pipeline, self.family, self._unwrapped, folder, state_dict)
-        elif self._writing_checkpoint:
-            save_denoiser(self._unwrapped, folder / self.family.denoiser_name, state_dict)
-        else:
-            save_pipeline(self.pipeline, self.family, folder, state_dict)
+        write_weights(
+            self._unwrapped,
+            self.pipeline,
+            self.family,
+            folder,
+            state_dict,
+            whole_pipeline=not self._writing_checkpoint,
+        )
         write_run_record(folder, self._run_record())
         torch.save(self.args, folder / "training_args.bin")
         # Last, because PEFT writes a card of its own.
@@ -690,21 +410,14 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        self._load_denoiser(Path(resume_from_checkpoint))
+        read_denoiser(self._unwrapped, self.family, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
         if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
             return
-        self._load_denoiser(Path(self.state.best_model_checkpoint))
-
-    def _load_denoiser(self, checkpoint: Path) -> None:
-        denoiser = self._unwrapped
-        folder = checkpoint / self.family.denoiser_name
-        if not folder.is_dir():
-            raise ValueError(f"{checkpoint} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
-        denoiser.load_state_dict(load_denoiser_weights(folder), strict=True)
+        read_denoiser(self._unwrapped, self.family, Path(self.state.best_model_checkpoint))
 
     # ---- Hub -----------------------------------------------------------------------------------------------------
 
@@ -716,18 +429,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         if busy and not self.args.hub_always_push:
             return
         checkpoint, output_dir = Path(checkpoint_folder), Path(self.args.output_dir)
-        if isinstance(self._unwrapped, PeftModel):
-            # Of the second pattern there is none where the pipeline cannot load it (`Family.lora_format`).
-            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("pytorch_lora_weights.safetensors")]:
-                shutil.copy(file, output_dir / file.name)
-        else:
-            name = self.family.denoiser_name
-            shutil.copytree(checkpoint / name, output_dir / name, dirs_exist_ok=True)
-            if not self._pipeline_pushed:
-                # The frozen parts once; what lies in the folder may be another run's.
-                save_all_but_denoiser(self.pipeline, self.family, output_dir)
-                self._pipeline_pushed = True
-        shutil.copy(checkpoint / RUN_RECORD, output_dir / RUN_RECORD)
+        lora = isinstance(self._unwrapped, PeftModel)
+        copy_weights(self.family, checkpoint, output_dir, lora=lora)
+        if not lora and not self._pipeline_pushed:
+            # The frozen parts once; what lies in the folder may be another run's.
+            save_all_but_denoiser(self.pipeline, self.family, output_dir)
+            self._pipeline_pushed = True
         self.create_model_card(model_name=(self.args.hub_model_id or output_dir.name).split("/")[-1])
         super()._push_from_checkpoint(checkpoint_folder)
 
@@ -746,23 +453,6 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
         tags: str | list[str] | None = None,
     ) -> None:
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        own = set(self.config_class.__dataclass_fields__) - set(DiffusionPreferenceConfig.__dataclass_fields__)
-        shown = [
-            "learning_rate",
-            "lr_scheduler_type",
-            "optim",
-            "max_grad_norm",
-            "seed",
-            "weight_decay",
-            "prompt_dropout",
-            *sorted(own),
-        ]
-        options = {name: getattr(self.args, name) for name in shown}
-        options = {name: getattr(value, "value", value) for name, value in options.items()}
-        options[f"{self.sample_name} per step"] = (
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
-        options["steps"] = self.state.global_step
         write_model_card(
             folder,
             method=self._method or self._name,
@@ -773,32 +463,9 @@ class DiffusionPreferenceTrainer(_BaseTrainer):
             base_model=self._base_model,
             base_fingerprint=self._base_fingerprint,
             lora=isinstance(self._unwrapped, PeftModel),
-            options=options,
+            options=card_options(self.args, self.config_class, self.sample_name, self.state.global_step),
             model_name=model_name,
             repo_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *(["negative-model"] if self.trains_negative else []), *tags],
         )
-
-
-def _remove_adapters(denoiser: nn.Module) -> None:
-    if isinstance(denoiser, PeftAdapterMixin):
-        denoiser.unload_lora()
-        return
-    # Of pipelines without load_lora_weights: PEFT put them in.
-    recurse_remove_peft_layers(denoiser)
-    del denoiser.peft_config
-
-
-def _carries_adapter(module: nn.Module) -> bool:
-    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
-
-
-@contextmanager
-def _restored_numpy_and_python() -> Iterator[None]:
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)

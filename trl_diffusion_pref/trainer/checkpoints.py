@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..run_record import RUN_RECORD, read_run_record
 
+
+logger = get_logger(__name__)
 
 # transformers writes this file last.
 _LAST_WRITTEN = "trainer_state.json"
@@ -45,6 +48,34 @@ def last_complete_checkpoint(output_dir: Path) -> tuple[str | None, list[str]]:
             return str(folder), incomplete
         incomplete.append(folder.name)
     return None, incomplete
+
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: Path, base_fingerprint: str) -> Path | None:
+    """The checkpoint that a training goes on from, or None.
+
+    Args:
+        asked: As `train` takes it: True for the newest whole one in `output_dir`, or a folder.
+
+    Raises:
+        ValueError: There is no whole one, the folder asked for is not whole, or of another base model.
+    """
+    if asked is True:
+        newest, incomplete = last_complete_checkpoint(output_dir)
+        if incomplete:
+            logger.warning(f"Passing over unfinished checkpoints: {', '.join(incomplete)}.")
+        if newest is None:
+            raise ValueError(
+                f"There is no complete checkpoint in {output_dir} to resume from. Call train() without "
+                "resume_from_checkpoint to start anew."
+            )
+        return Path(newest)
+    if not asked:
+        return None
+    problem = checkpoint_problem(Path(asked))
+    if problem:
+        raise ValueError(f"Cannot resume from {asked}: {problem}.")
+    check_checkpoint_base(Path(asked), base_fingerprint, "Pass the base that it was trained from as model.")
+    return Path(asked)
 
 
 def check_same_base(output_dir: Path, base_fingerprint: str) -> None:

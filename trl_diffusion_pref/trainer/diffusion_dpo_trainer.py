@@ -22,6 +22,7 @@ from ..randomness import EVALUATION, REFERENCE, generator_for
 from .base_config import DiffusionPreferenceConfig
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .divergence import DivergenceGuard
+from .model_argument import load_pipeline
 from .pairwise_trainer import PairwiseTrainer
 from .references import AdapterOff, FrozenAdapter, FrozenModel, Itself, MoveReference, Reference
 from .row_tables import load_or_compute
@@ -109,10 +110,10 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             return FrozenModel(self._check_ref_model(ref_model), self.accelerator)
         if self.args.reference == "precomputed":
             # At its start every model is its own reference, but for a new LoRA that does not start at zero.
-            return AdapterOff(self.model) if lora and self._adapter_before is None else Itself(self.model)
+            return AdapterOff(self.model) if lora and not self._adapter_before else Itself(self.model)
         kind = self.args.reference
         if kind == "auto":
-            kind = "copy" if not lora else "frozen_adapter" if self._adapter_before is not None else "adapter_off"
+            kind = "copy" if not lora else "frozen_adapter" if self._adapter_before else "adapter_off"
         if kind != "copy" and not lora:
             raise ValueError(f"reference={kind!r} needs a LoRA: pass peft_config, or use reference='copy'.")
         if self.args.sync_ref_model and kind == "adapter_off":
@@ -128,7 +129,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
 
     def _check_ref_model(self, ref_model: Any) -> nn.Module:
         if isinstance(ref_model, (str, os.PathLike)):
-            ref_model = self._load_pipeline(ref_model, self.args)
+            ref_model = load_pipeline(ref_model, self.args.model_init_kwargs)
         if isinstance(ref_model, DiffusionPipeline):
             ref_model = self.family.denoiser(ref_model)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -202,7 +203,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         }
         own_folder = self.args.reference_errors_dir
         return load_or_compute(
-            Path(own_folder) if own_folder else self._cache_folder(self.args),
+            Path(own_folder) if own_folder else self.args.cache_folder(),
             record,
             lambda: self.map_rows(dataset, compute, self.args.per_device_train_batch_size),
             self.accelerator,

@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 from ..data import NoisyPairs, corrupt_pairs, dataset_fingerprint, image_conditioning_prefix, latent_columns
 from ..evaluation import bootstrap_interval, pair_elbos, wins
 from ..randomness import draw_pairs
+from .metrics import joined
 from .row_tables import load_or_compute
 from .row_trainer import RowTrainer
 
@@ -155,7 +156,7 @@ class PairwiseTrainer(RowTrainer):
             "precision": self.accelerator.mixed_precision,
         }
         return load_or_compute(
-            self._cache_folder(self.args),
+            self.args.cache_folder(),
             record,
             lambda: self.map_rows(
                 dataset, lambda inputs: self._elbos(self.model, inputs), self.args.per_device_eval_batch_size
@@ -179,8 +180,8 @@ class PairwiseTrainer(RowTrainer):
         for name in ("preference_accuracy", "likelihood_accuracy"):
             if name in metrics:
                 # In order of rows, so that the interval does not depend on how processes shared them.
-                order = np.argsort(self._stacked(prediction.label_ids), kind="stable")
-                values = self._stacked(prediction.predictions)[order, self._evaluated_names.index(name)]
+                order = np.argsort(joined(prediction.label_ids), kind="stable")
+                values = joined(prediction.predictions)[order, self._evaluated_names.index(name)]
                 metrics[f"{name}_low"], metrics[f"{name}_high"] = bootstrap_interval(values)
                 break
         return metrics

@@ -152,6 +152,18 @@ test holds the two equal.
 """
 
 
+def fill_in(options: Any, algorithm: str, pipeline_class: str, *, flow: bool) -> None:
+    """Gives the options that depend on the model, and that the user left out, the model's values.
+
+    Args:
+        options: A config; those that were left out are None.
+        algorithm, pipeline_class, flow: See `published`.
+    """
+    for name, value in published(algorithm, pipeline_class, flow=flow).values.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
 def hyperparameters_page() -> str:
     """docs/hyperparameters.md: Markdown with one table per algorithm and one row per pipeline."""
     sections = [_INTRODUCTION]

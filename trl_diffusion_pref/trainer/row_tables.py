@@ -1,16 +1,17 @@
 """Numbers per row of a data set, computed once and kept beside a record of what they were computed from."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets.fingerprint import Hasher
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def load_or_compute(
@@ -43,6 +44,39 @@ def load_or_compute(
         unfinished.replace(file)
     accelerator.wait_for_everyone()
     return table
+
+
+def compute_for_rows(
+    batches: Iterable[dict[str, Tensor]],
+    compute: Callable[[dict[str, Tensor]], Tensor],
+    model: nn.Module,
+    accelerator: Accelerator,
+    count: int,
+) -> Tensor:
+    """Computes a table with all processes, in evaluation mode, without gradients and in the run's precision.
+
+    Args:
+        batches: This process's, from a loader that `accelerator` prepared, with `row`.
+        compute: From a batch to a tensor `(B, ...)`.
+        model: What `compute` calls.
+        count: Of the data set's rows.
+
+    Returns:
+        `(count, ...)` float32 on the CPU, in order of rows, in every process.
+    """
+    was_training = model.training
+    model.eval()
+    parts, rows = [], []
+    with torch.no_grad(), accelerator.autocast():
+        for inputs in batches:
+            values, numbers = accelerator.gather_for_metrics((compute(inputs).float(), inputs["row"]))
+            parts.append(values.cpu())
+            rows.append(numbers.cpu())
+    model.train(was_training)
+    table, order = torch.cat(parts), torch.cat(rows).argsort()
+    if len(table) != count:
+        raise RuntimeError(f"{len(table)} of {count} rows were computed; please report this.")
+    return table[order]
 
 
 def _load(file: Path, record: dict[str, Any]) -> Tensor:

@@ -24,6 +24,7 @@ from ..data import (
 from ..randomness import EVALUATION, TRAINING
 from .base_config import DiffusionPreferenceConfig
 from .base_trainer import DiffusionPreferenceTrainer
+from .eval_datasets import all_datasets
 
 
 logger = get_logger(__name__)
@@ -46,7 +47,7 @@ class RowTrainer(DiffusionPreferenceTrainer):
 
     def _prepare_encoding(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> None:
         prompts: list[Any] = []
-        for dataset in self._all_datasets(train_dataset, eval_dataset):
+        for dataset in all_datasets(train_dataset, eval_dataset):
             if isinstance(dataset, Dataset):
                 prompts += [prompt for prompt in dataset["prompt"] if isinstance(prompt, str)]
         if self.prompt_table is not None:
@@ -60,7 +61,7 @@ class RowTrainer(DiffusionPreferenceTrainer):
             prompts,
             self.pipeline,
             self.family,
-            cache_folder=self._cache_folder(args),
+            cache_folder=args.cache_folder(),
             batch_size=args.encode_batch_size,
         )
         if self.prompt_table is None:
@@ -93,7 +94,7 @@ class RowTrainer(DiffusionPreferenceTrainer):
             self.pipeline,
             self.family,
             options,
-            cache_folder=self._cache_folder(args),
+            cache_folder=args.cache_folder(),
             say=logger.warning,
             **common,
         )

@@ -122,8 +122,7 @@ class SelfNPOTrainer(RowTrainer):
                 "teacher='frozen'."
             )
         if isinstance(self.model, PeftModel):
-            new = self._adapter_before is None
-            return AdapterOff(self.model) if new and not moves else FrozenAdapter(self.model)
+            return FrozenAdapter(self.model) if self._adapter_before or moves else AdapterOff(self.model)
         module = copy.deepcopy(self.model)
         # In half precision a step of 1 - decay would be rounded away.
         return FrozenModel(module.float() if moves else module, self.accelerator)

@@ -1,0 +1,21 @@
+"""Keeps what is drawn from the global generators beside training out of the training that goes on afterwards."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def restored_generators(device: torch.device) -> Iterator[None]:
+    """Restores the global generators of torch, on the CPU and on `device`, of numpy and of Python on leaving."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

@@ -1,0 +1,160 @@
+"""Makes a pipeline's denoiser, or an adapter in it, trainable; refuses first what could not be trained well."""
+
+import copy
+
+import torch
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..families import Family
+from ..hub import PEFT_PREFIX, check_exportable
+from .base_config import DiffusionPreferenceConfig
+from .references import REFERENCE_ADAPTER
+
+
+logger = get_logger(__name__)
+
+
+def take_out_of_peft_model(pipeline: DiffusionPipeline, family: Family) -> tuple[nn.Module, PeftModel | None]:
+    """Puts the denoiser itself into the pipeline where a `PeftModel` was wrapped around it.
+
+    Returns:
+        The denoiser, and the wrapper that it came in, for `make_trainable`.
+    """
+    denoiser = family.denoiser(pipeline)
+    if not isinstance(denoiser, PeftModel):
+        return denoiser, None
+    base = denoiser.get_base_model()
+    setattr(pipeline, family.denoiser_name, base)
+    return base, denoiser
+
+
+def carries_adapter(module: nn.Module) -> bool:
+    """Whether there are PEFT layers in a module."""
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def check_trainable(base: nn.Module, family: Family, peft_config: LoraConfig | None) -> None:
+    """Refuses what `make_trainable` could not do well, before anything is changed.
+
+    Raises:
+        ValueError: A distilled denoiser, a second adapter, float16 weights for full training, or a LoRA that could
+            not be loaded.
+    """
+    if base.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
+            "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
+        )
+    if peft_config is not None:
+        check_exportable(peft_config)
+    if carries_adapter(base):
+        if peft_config is not None:
+            raise ValueError(
+                f"peft_config asks for a new adapter, but the pipeline's {family.denoiser_name} already "
+                "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
+                "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
+                "and pipeline.unload_lora_weights())."
+            )
+    elif peft_config is None and base.dtype == torch.float16:
+        raise ValueError(
+            f"The {family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
+            "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
+            "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
+        )
+
+
+def make_trainable(
+    base: nn.Module,
+    pipeline: DiffusionPipeline,
+    family: Family,
+    peft_config: LoraConfig | None,
+    wrapper: PeftModel | None,
+) -> nn.Module:
+    """Freezes everything, then makes the denoiser or an adapter in it trainable.
+
+    Args:
+        base: The pipeline's denoiser.
+        peft_config: Of a new adapter.
+        wrapper: What the denoiser came in, see `take_out_of_peft_model`.
+
+    Returns:
+        The denoiser, or the PEFT model around it.
+    """
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+    if carries_adapter(base):
+        return _carried_adapter(base, family, wrapper)
+    if peft_config is not None:
+        peft_config = copy.deepcopy(peft_config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules = list(family.lora_target_modules)
+        return get_peft_model(base, peft_config)
+    if base.dtype == torch.bfloat16:
+        logger.warning(
+            f"Full fine-tuning of a bfloat16 {family.denoiser_name}: updates below 1/256 of a weight are "
+            "rounded away. Load it in float32 and set bf16=True unless memory forbids."
+        )
+    return base.requires_grad_(True)
+
+
+def _carried_adapter(base: nn.Module, family: Family, model: PeftModel | None) -> PeftModel:
+    """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
+    if model is None:
+        # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
+        # An earlier trainer's frozen reference is no adapter to go on with.
+        names = [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
+        if len(names) != 1:
+            raise ValueError(
+                f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
+                f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
+            )
+        config = copy.deepcopy(base.peft_config[names[0]])
+        state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
+        _remove_adapters(base)
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{model.active_adapter}." in name)
+    return model
+
+
+def _remove_adapters(denoiser: nn.Module) -> None:
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser.unload_lora()
+        return
+    # Of pipelines without load_lora_weights: PEFT put them in.
+    recurse_remove_peft_layers(denoiser)
+    del denoiser.peft_config
+
+
+def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family) -> None:
+    """Switches the default off where the family cannot do it, and refuses what was asked for.
+
+    Raises:
+        ValueError: Checkpointing was asked for.
+    """
+    if family.gradient_checkpointing or not (args.activation_checkpointing or args.gradient_checkpointing):
+        return
+    denoiser = f"The {family.denoiser_name} of {family.pipeline_class}"
+    if not args.checkpointing_is_default:
+        raise ValueError(
+            f"{denoiser} computes something else with activation checkpointing, so it would train something else. "
+            "Set activation_checkpointing=False."
+        )
+    logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
+    args.activation_checkpointing = args.gradient_checkpointing = False
+
+
+def apply_gradient_checkpointing(base: nn.Module, args: DiffusionPreferenceConfig) -> None:
+    """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
+    if args.activation_checkpointing or args.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        setattr(args, name, False)
