@@ -20,6 +20,7 @@ from trl_diffusion_pref import (  # noqa: E402
     SelfNPOTrainer,
 )
 from trl_diffusion_pref.trainer import pairwise_trainer  # noqa: E402
+from trl_diffusion_pref.trainer.non_finite import non_finite_weights  # noqa: E402
 
 
 def train_dpo(folder: Path, pairs) -> dict:
@@ -131,6 +132,10 @@ def main() -> None:
     seen["eval_loss"] = before["eval_loss"]
     seen["accuracies"] = [before[f"eval_{name}_accuracy"] for name in ("preference", "likelihood", "base_likelihood")]
     seen["interval"] = [before[f"eval_preference_accuracy_{end}"] for end in ("low", "high")]
+    damaged = torch.nn.Linear(2, 2)
+    if config.process_index == 1:
+        torch.nn.init.constant_(damaged.weight, float("nan"))
+    seen["non_finite"] = non_finite_weights(damaged)
     seen["dpo"] = train_dpo(folder, pairs)
     seen["self_npo"] = train_self_npo(folder, pairs)
     (folder / f"rank-{config.process_index}.json").write_text(json.dumps(seen))

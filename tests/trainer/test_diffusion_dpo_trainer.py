@@ -10,10 +10,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOTrainer
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, DivergenceError, MaPOTrainer
 from trl_diffusion_pref.losses import diffusion_dpo_loss
 from trl_diffusion_pref.shapes import preference_pairs
-from trl_diffusion_pref.trainer.divergence import DivergenceError
 from trl_diffusion_pref.trainer.references import AdapterOff, FrozenAdapter, FrozenModel
 
 

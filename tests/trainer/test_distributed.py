@@ -51,6 +51,12 @@ def test_processes_end_with_equal_weights_and_log_the_same(run):
     assert first["losses"] and first["losses"] == second["losses"]
 
 
+def test_weights_that_are_damaged_in_one_process_are_known_to_all(run):
+    """Each may hold shards of its own, and all must stop or none."""
+    assert [rank["non_finite"] for rank in run[2]] == [["weight"], ["weight"]]
+    assert run[1][0]["non_finite"] == []
+
+
 def test_evaluation_equals_that_of_one_process(run):
     assert run[2][0]["eval_loss"] == run[2][1]["eval_loss"]
     assert run[2][0]["eval_loss"] == pytest.approx(run[1][0]["eval_loss"], rel=1e-6)

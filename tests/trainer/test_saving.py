@@ -20,10 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref import MaPOTrainer, NonFiniteLossError
 from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.hub import save_pipeline
-from trl_diffusion_pref.trainer.non_finite import NonFiniteLossError
 
 
 def draw(pipeline) -> np.ndarray:
@@ -413,6 +412,8 @@ class TestNonFinite:
         self.poison(trainer, row=9)
         with pytest.raises(NonFiniteLossError, match=r"step 3 the loss is (nan|inf).*\[9\].*checkpoint-2"):
             trainer.train()
+        # There to sample from, as after a run that ended: no dropout.
+        assert not trainer.model.training
 
     def test_the_last_whole_step_is_saved_first(self, pairs, config):
         """Also where the run saves nothing by itself; it resumes to what it was."""

@@ -39,7 +39,7 @@ from .global_generators import restored_generators
 from .hooks import TrainerHooks
 from .metrics import IntervalMeans, gathered, joined
 from .model_argument import hub_id, load_pipeline
-from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
+from .non_finite import NonFiniteLossError, non_finite_error, non_finite_losses, non_finite_weights
 from .published import fill_in
 from .row_tables import compute_for_rows
 from .trainable import (
@@ -48,7 +48,7 @@ from .trainable import (
     check_gradient_checkpointing,
     check_trainable,
     make_trainable,
-    take_out_of_peft_model,
+    taken_out_of_peft_model,
 )
 from .weight_files import copy_weights, read_denoiser, write_weights
 
@@ -85,41 +85,25 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         flow = isinstance(self.noise_process, RectifiedFlow)
         fill_in(args, self._name, self.family.pipeline_class, flow=flow)
         args.check_filled_in()
-        base, wrapper = take_out_of_peft_model(self.pipeline, self.family)
-        # Whether the model came with an adapter, which is trained on.
-        self._adapter_before = carries_adapter(base)
-        self._base_model = hub_id(model)
-        self._base_fingerprint = weights_fingerprint(base)
-        self._rounded_fingerprints = rounded_fingerprints(base)
-        check_same_base(Path(args.output_dir), self._base_fingerprint)
+        # Whatever is refused from here on, the caller has the pipeline back as it was.
+        with taken_out_of_peft_model(self.pipeline, self.family) as (base, wrapper):
+            # Whether the model came with an adapter, which is trained on.
+            self._adapter_before = carries_adapter(base)
+            self._base_model = hub_id(model)
+            self._base_fingerprint = weights_fingerprint(base)
+            self._rounded_fingerprints = rounded_fingerprints(base)
+            check_same_base(Path(args.output_dir), self._base_fingerprint)
 
-        check_trainable(base, self.family, peft_config)
-        check_gradient_checkpointing(args, self.family)
+            check_trainable(base, self.family, peft_config)
+            check_gradient_checkpointing(args, self.family, base)
 
-        self._metrics = IntervalMeans()
-        self._writing_checkpoint = False
-        self._pipeline_pushed = False
-        given = all_datasets(train_dataset, eval_dataset)
-        streaming = any(isinstance(dataset, IterableDataset) for dataset in given)
-        if streaming:
-            for encoder in self.family.encoders(self.pipeline):
-                encoder.to(args.device).eval()
-        # The first process fills the cache, the others read it.
-        with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
-            if flow and self.noise_process.shift is None:
-                shape = latent_shape(self.pipeline, self.family, args.resolution, args.num_frames)
-                self.noise_process = self.make_noise_process(args, self.family.image_tokens(shape))
-            self._prepare_encoding(args, train_dataset, eval_dataset)
-            encoded_train = self.encode_dataset(train_dataset, args, "train_dataset")
-            encoded_eval = self._encode_eval(eval_dataset, args)
-        if not streaming:
-            # Also those of a pipeline that was passed on an accelerator: training does not need them.
-            for encoder in self.family.encoders(self.pipeline):
-                encoder.to("cpu")
-
-        # Only now is the caller's pipeline changed, when all that can be refused has been.
-        denoiser = make_trainable(base, self.pipeline, self.family, peft_config, wrapper)
-        apply_gradient_checkpointing(base, args)
+            self._metrics = IntervalMeans()
+            self._writing_checkpoint = False
+            self._pipeline_pushed = False
+            encoded_train, encoded_eval = self._encode(args, train_dataset, eval_dataset)
+            # Only now are its parts changed, when all that can be refused has been.
+            denoiser = make_trainable(base, self.pipeline, self.family, peft_config, wrapper)
+            apply_gradient_checkpointing(base, args)
         super().__init__(
             model=denoiser,
             args=args,
@@ -166,6 +150,43 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         self.check_dataset(train_dataset, "train_dataset")
         for_each_dataset(self.check_dataset, eval_dataset)
 
+    def _encode(self, args: DiffusionPreferenceConfig, train_dataset: Any, eval_dataset: Any) -> tuple[Any, Any]:
+        """Both encoded; the encoders are where streams need them afterwards, and else out of the way."""
+        streaming = self._streaming(all_datasets(train_dataset, eval_dataset), args)
+        if streaming:
+            self._move_encoders(args.device)
+        # The first process fills the cache, the others read it.
+        with args.main_process_first(), on_device(self.pipeline, self.family, args.device):
+            if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
+                shape = latent_shape(self.pipeline, self.family, args.resolution, args.num_frames)
+                self.noise_process = self.make_noise_process(args, self.family.image_tokens(shape))
+            self._prepare_encoding(args, train_dataset, eval_dataset)
+            encoded = self.encode_dataset(train_dataset, args, "train_dataset"), self._encode_eval(eval_dataset, args)
+        if not streaming:
+            # Also those of a pipeline that was passed on an accelerator: training does not need them.
+            self._move_encoders(torch.device("cpu"))
+        return encoded
+
+    @staticmethod
+    def _streaming(datasets: list[Dataset | IterableDataset], args: DiffusionPreferenceConfig) -> bool:
+        """Whether any is a stream.
+
+        Raises:
+            ValueError: It is, with workers to read it.
+        """
+        streaming = any(isinstance(dataset, IterableDataset) for dataset in datasets)
+        if streaming and args.dataloader_num_workers > 0:
+            raise ValueError(
+                f"dataloader_num_workers={args.dataloader_num_workers}: a streamed data set is encoded as it is read, "
+                "by the pipeline's encoders in the training process, and each worker would count its rows from 0. Set "
+                "dataloader_num_workers=0."
+            )
+        return streaming
+
+    def _move_encoders(self, device: torch.device) -> None:
+        for encoder in self.family.encoders(self.pipeline):
+            encoder.to(device).eval()
+
     def _encode_eval(self, eval_dataset: Any, args: DiffusionPreferenceConfig) -> Any:
         return for_each_dataset(lambda dataset, what: self.encode_dataset(dataset, args, what), eval_dataset)
 
@@ -188,13 +209,19 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         self._undo_preparation_by_evaluation()
         self._metrics = IntervalMeans()
         self.start_of_training(checkpoint)
-        with flush_denormals(self.args.device):
-            result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
-        # The pipeline is there to sample from now: no dropout, and its parts together on one device.
-        self.model.eval()
-        for encoder in self.family.encoders(self.pipeline):
-            encoder.to(self.args.device)
+        try:
+            with flush_denormals(self.args.device):
+                result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+        except (DivergenceError, NonFiniteLossError, KeyboardInterrupt):
+            self._ready_to_sample()
+            raise
+        self._ready_to_sample()
         return result
+
+    def _ready_to_sample(self) -> None:
+        """No dropout, and the pipeline's parts together on one device."""
+        self.model.eval()
+        self._move_encoders(self.args.device)
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -283,6 +310,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
                 for _, dataset in named_datasets(eval_dataset)
             ):
                 for_each_dataset(self.check_dataset, eval_dataset)
+                if self._streaming(all_datasets(None, eval_dataset), self.args):
+                    self._move_encoders(self.args.device)
                 with self.args.main_process_first(), on_device(self.pipeline, self.family, self.args.device):
                     self._prepare_encoding(self.args, None, eval_dataset)
                     eval_dataset = self._encode_eval(eval_dataset, self.args)

@@ -11,9 +11,11 @@ import torch
 @contextmanager
 def restored_generators(device: torch.device) -> Iterator[None]:
     """Restores the global generators of torch, on the CPU and on `device`, of numpy and of Python on leaving."""
-    devices = [device.index or 0] if device.type == "cuda" else []
+    # Apple's has one generator, which torch does not fork.
+    own = device.type not in ("cpu", "mps")
+    devices = [device.index or 0] if own else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices, device_type=device.type if own else "cuda"):
         try:
             yield
         finally:

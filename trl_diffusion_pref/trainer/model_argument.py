@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 
 def load_pipeline(
@@ -23,6 +25,12 @@ def load_pipeline(
 
 
 def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
-    """The base's Hub id; None where it came from a local folder."""
+    """The base's Hub id; None where it came from a local folder, also one that is gone by now."""
     name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
-    return name if name and not os.path.isdir(name) else None
+    if not name or os.path.isdir(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name

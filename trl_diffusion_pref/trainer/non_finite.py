@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import last_complete_checkpoint
 
@@ -23,8 +25,17 @@ def non_finite_error(step: int, what: str, output_dir: Path) -> NonFiniteLossErr
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
-    """Names of the parameters that are not finite."""
-    return [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    """Names of the parameters that are not finite, in any process: each may hold shards of its own."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if not bool(torch.isfinite(_own_part(parameter.detach())).all())
+    ]
+    return sorted(set(gather_object(bad)))
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def non_finite_losses(losses: Tensor, rows: Tensor, accelerator: Accelerator) -> str | None:

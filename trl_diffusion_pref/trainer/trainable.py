@@ -1,6 +1,8 @@
 """Makes a pipeline's denoiser, or an adapter in it, trainable; refuses first what could not be trained well."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate.logging import get_logger
@@ -20,18 +22,26 @@ from .references import REFERENCE_ADAPTER
 logger = get_logger(__name__)
 
 
-def take_out_of_peft_model(pipeline: DiffusionPipeline, family: Family) -> tuple[nn.Module, PeftModel | None]:
-    """Puts the denoiser itself into the pipeline where a `PeftModel` was wrapped around it.
+@contextmanager
+def taken_out_of_peft_model(
+    pipeline: DiffusionPipeline, family: Family
+) -> Iterator[tuple[nn.Module, PeftModel | None]]:
+    """Puts the denoiser itself into the pipeline where a `PeftModel` was wrapped around it; on an error puts it back.
 
-    Returns:
+    Yields:
         The denoiser, and the wrapper that it came in, for `make_trainable`.
     """
     denoiser = family.denoiser(pipeline)
     if not isinstance(denoiser, PeftModel):
-        return denoiser, None
+        yield denoiser, None
+        return
     base = denoiser.get_base_model()
     setattr(pipeline, family.denoiser_name, base)
-    return base, denoiser
+    try:
+        yield base, denoiser
+    except BaseException:
+        setattr(pipeline, family.denoiser_name, denoiser)
+        raise
 
 
 def carries_adapter(module: nn.Module) -> bool:
@@ -120,8 +130,8 @@ def _carried_adapter(base: nn.Module, family: Family, model: PeftModel | None) -
         _remove_adapters(base)
         model = get_peft_model(base, config)
         set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{model.active_adapter}." in name)
+    # Everything is frozen by now; this makes the active adapter's own parameters trainable.
+    model.set_adapter(model.active_adapter)
     return model
 
 
@@ -134,19 +144,23 @@ def _remove_adapters(denoiser: nn.Module) -> None:
     del denoiser.peft_config
 
 
-def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family) -> None:
-    """Switches the default off where the family cannot do it, and refuses what was asked for.
+def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family, base: nn.Module) -> None:
+    """Switches the default off where the family or its denoiser cannot do it, and refuses what was asked for.
 
     Raises:
         ValueError: Checkpointing was asked for.
     """
-    if family.gradient_checkpointing or not (args.activation_checkpointing or args.gradient_checkpointing):
+    # diffusers' models say so themselves, under no public name.
+    has_it = getattr(base, "_supports_gradient_checkpointing", True)
+    if not (args.activation_checkpointing or args.gradient_checkpointing) or (
+        family.gradient_checkpointing and has_it
+    ):
         return
     denoiser = f"The {family.denoiser_name} of {family.pipeline_class}"
     if not args.checkpointing_is_default:
+        problem = "computes something else with activation checkpointing, so it would train something else"
         raise ValueError(
-            f"{denoiser} computes something else with activation checkpointing, so it would train something else. "
-            "Set activation_checkpointing=False."
+            f"{denoiser} {problem if has_it else 'has no such thing'}. Set activation_checkpointing=False."
         )
     logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
     args.activation_checkpointing = args.gradient_checkpointing = False
@@ -156,5 +170,8 @@ def apply_gradient_checkpointing(base: nn.Module, args: DiffusionPreferenceConfi
     """diffusers names the method differently, so it is called here, and the loop is told to do nothing."""
     if args.activation_checkpointing or args.gradient_checkpointing:
         base.enable_gradient_checkpointing()
+    elif base.is_gradient_checkpointing:
+        # From an earlier trainer on the same pipeline.
+        base.disable_gradient_checkpointing()
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         setattr(args, name, False)

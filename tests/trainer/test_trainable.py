@@ -1,0 +1,89 @@
+"""What a trainer does to the pipeline that it is given, and that a refusal leaves it as it was."""
+
+import pytest
+from conftest import build_tiny_pipeline, image_pairs, png
+from datasets import IterableDataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+
+from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref.trainer.model_argument import hub_id
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": ["to_q", "to_k"], "init_lora_weights": "gaussian", **options})
+
+
+@pytest.mark.parametrize("refused", ["peft_config", "row"])
+def test_a_refusal_gives_a_wrapped_denoiser_back(refused, config, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet = get_peft_model(pipeline.unet, lora(), adapter_name="old")
+    pipeline.unet.add_adapter("new", lora())
+    pipeline.unet.set_adapter("new")
+    wrapper, rows, peft_config = pipeline.unet, pairs, lora()
+    if refused == "row":
+        same = png(Image.new("RGB", (16, 16), "red"))
+        rows, peft_config = image_pairs([("a", same, same)]), None
+    with pytest.raises(ValueError, match="already carries an adapter" if refused == "peft_config" else "row 0"):
+        MaPOTrainer(pipeline, config(), rows, peft_config=peft_config)
+    assert pipeline.unet is wrapper
+    # The adapter that is active is still known.
+    trained = MaPOTrainer(pipeline, config(), pairs).model
+    names = {name.split(".")[-2] for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    assert names == {"new"}
+
+
+def test_an_adapter_that_is_called_like_a_part_of_the_model_is_trained_alone(config, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet = get_peft_model(pipeline.unet, lora(), adapter_name="to_q")
+    model = MaPOTrainer(pipeline, config(), pairs).model
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert len(trained) == sum("lora_" in name for name, _ in model.named_parameters())
+
+
+def test_a_second_trainer_without_checkpointing_switches_it_off(config, pairs):
+    pipeline = build_tiny_pipeline()
+    assert MaPOTrainer(pipeline, config(activation_checkpointing=True), pairs).model.is_gradient_checkpointing
+    assert not MaPOTrainer(pipeline, config(activation_checkpointing=False), pairs).model.is_gradient_checkpointing
+
+
+def test_a_denoiser_that_has_no_checkpointing_trains_without(config, pairs, monkeypatch):
+    pipeline = build_tiny_pipeline()
+    monkeypatch.setattr(type(pipeline.unet), "_supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="unet of StableDiffusionPipeline has no such thing. Set activation_checkp"):
+        MaPOTrainer(pipeline, config(activation_checkpointing=True), pairs)
+    assert not MaPOTrainer(pipeline, config(activation_checkpointing=None), pairs).model.is_gradient_checkpointing
+
+
+def test_streams_are_not_read_by_workers(config, pairs):
+    stream: IterableDataset = pairs.to_iterable_dataset(num_shards=2)
+    message = "dataloader_num_workers=2: a streamed data set is encoded as it is read"
+    with pytest.raises(ValueError, match=message):
+        MaPOTrainer(build_tiny_pipeline(), config(dataloader_num_workers=2), stream)
+    trainer = MaPOTrainer(build_tiny_pipeline(), config(dataloader_num_workers=2), pairs)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(stream)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("/folders/that/are/gone", None),
+        ("a/b/c", None),
+        (None, None),
+    ],
+)
+def test_a_folder_is_no_hub_id_also_when_it_is_gone(name, expected, tmp_path):
+    pipeline = build_tiny_pipeline()
+    pipeline.register_to_config(_name_or_path=name)
+    assert hub_id(pipeline) == expected
+    assert hub_id(str(tmp_path)) is None
+
+
+def test_a_peft_model_is_what_is_trained_on(config, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet = get_peft_model(pipeline.unet, lora())
+    wrapper = pipeline.unet
+    assert isinstance(wrapper, PeftModel) and MaPOTrainer(pipeline, config(), pairs).model is wrapper
