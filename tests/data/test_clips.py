@@ -206,21 +206,29 @@ def test_a_video_file_s_frames_are_read_back(wan, tmp_path):
         decode({"bytes": film(frames(0, count=8)), "path": None})
 
 
-@pytest.mark.parametrize(
-    ("matrix", "quarter_turns"), [((0, 1, -1, 0), -1), ((0, -1, 1, 0), 1), ((-1, 0, 0, -1), 2)], ids=str
-)
-def test_a_film_that_lies_on_its_side_is_stood_up(matrix, quarter_turns, wan):
-    decoded = preparation_for(wan, family_for(wan), 16, FRAMES).decode(
-        {"bytes": film(frames(0), matrix), "path": None}
-    )
+MATRICES = [(a, 0, 0, d) for a in (1, -1) for d in (1, -1)] + [(0, b, c, 0) for b in (1, -1) for c in (1, -1)]
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_a_film_is_turned_and_mirrored_as_players_show_it(matrix, wan):
+    """Each pixel goes where QuickTime's matrix says."""
+    a, b, c, d = matrix
+    decode = preparation_for(wan, family_for(wan), 16, FRAMES).decode
+    decoded = decode({"bytes": film(frames(0), matrix), "path": None})
     for frame, stored in zip(decoded, frames(0), strict=True):
-        assert np.array_equal(np.asarray(frame), np.rot90(np.asarray(stored), quarter_turns))
+        stored = np.asarray(stored)
+        height, width = stored.shape[:2]
+        y, x = np.mgrid[:height, :width]
+        shown_x, shown_y = a * x + c * y, b * x + d * y
+        expected = np.zeros((np.ptp(shown_y) + 1, np.ptp(shown_x) + 1, 3), dtype=np.uint8)
+        expected[shown_y - shown_y.min(), shown_x - shown_x.min()] = stored
+        assert np.array_equal(np.asarray(frame), expected)
 
 
 def test_a_film_that_is_shown_askew_is_refused(wan):
     decode = preparation_for(wan, family_for(wan), 16, FRAMES).decode
-    with pytest.raises(CellProblem, match="rotated by -45 degrees, no quarter turn"):
-        decode({"bytes": film(frames(0), (1, 1, -1, 1)), "path": None})
+    with pytest.raises(CellProblem, match="rotated by less than a quarter turn, or skewed"):
+        decode({"bytes": film(frames(0), (2, 1, -1, 2)), "path": None})
 
 
 @pytest.mark.parametrize("damaged", [MP4["bytes"], film(frames(0))[:3000]], ids=["no_film", "cut_off"])

@@ -16,6 +16,7 @@ from .encoding import (
 from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
 from .preparation import preparation_for
 from .prompts import PromptTable, cut_prompts, encode_prompt_table, text_fingerprint, truncation_report
+from .sizes import as_resolution
 
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "EncodingOptions",
     "RowCollator",
     "PromptTable",
+    "as_resolution",
     "check_columns",
     "column_names",
     "conditioning_of",

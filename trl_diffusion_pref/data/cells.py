@@ -51,7 +51,7 @@ def kind_of(cell: Any) -> str | None:
     if isinstance(cell, PILImage.Image):
         return "image"
     if isinstance(cell, (list, tuple)):
-        return "video"
+        return None if cell and isinstance(cell[0], (int, float)) else "video"
     if isinstance(cell, dict) and cell.get("array") is not None:
         return "audio"
     if not is_file(cell):

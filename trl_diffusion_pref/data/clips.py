@@ -1,8 +1,9 @@
 """Decodes clips to frames: lists of images, animated images, and video files where PyAV is installed."""
 
+import struct
 from typing import Any
 
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
 from .cells import CellProblem, as_file, check_kind, is_file, open_cell
 from .images import ImageProblem, decode_image
@@ -66,16 +67,26 @@ def _animation(opened: Image.Image, num_frames: int) -> list[Image.Image]:
         raise CellProblem(f"the animation cannot be decoded ({error})") from error
 
 
-def _upright(image: Image.Image, rotation: float) -> Image.Image:
-    """A frame as players show it: phones store theirs on its side, with a display matrix.
+def _as_shown(image: Image.Image, display_matrix: bytes | None) -> Image.Image:
+    """A frame as players show it: phones store theirs on its side, or mirrored, beside a display matrix.
 
     Args:
-        rotation: Degrees counterclockwise.
+        display_matrix: Nine 32-bit integers (a, b, u, c, d, v, x, y, w): the pixel at (x, y), y downwards, is shown at
+            (a x + c y, b x + d y), but for a shift. None for as it is.
     """
-    turns, rest = divmod(round(rotation), 90)
-    if rest:
-        raise CellProblem(f"the video is shown rotated by {rotation:g} degrees, no quarter turn; encode it anew")
-    return image if turns % 4 == 0 else image.rotate(90 * turns, expand=True)
+    if display_matrix is None:
+        return image
+    a, b, _, c, d = struct.unpack("=9i", display_matrix)[:5]
+    largest = max(map(abs, (a, b, c, d)))
+    # Angles are stored by their sines, rounded.
+    if any(0.01 < abs(part) / largest < 0.99 for part in (a, b, c, d)):
+        raise CellProblem("the video is shown rotated by less than a quarter turn, or skewed; encode it anew")
+    if abs(a) < abs(b):
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+        a, d = c, b
+    if a < 0:
+        image = ImageOps.mirror(image)
+    return ImageOps.flip(image) if d < 0 else image
 
 
 def _from_file(cell: dict[str, Any], num_frames: int, pipeline_class: str) -> tuple[list[Image.Image], int]:
@@ -107,7 +118,8 @@ def _from_file(cell: dict[str, Any], num_frames: int, pipeline_class: str) -> tu
                 # Counted to the end, but a long film is not kept.
                 count += 1
                 if count <= num_frames:
-                    frames.append(_upright(frame.to_image(), frame.rotation))
+                    matrix = frame.side_data.get("DISPLAYMATRIX")
+                    frames.append(_as_shown(frame.to_image(), None if matrix is None else bytes(matrix)))
     except CellProblem:
         raise
     # Damaged files make decoders raise nearly anything, and all of it means the same to the caller.

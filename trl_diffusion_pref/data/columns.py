@@ -83,5 +83,5 @@ def raise_row_problems(problems: list[str], what: str) -> None:
         f"{what} has rows that cannot be used:\n  "
         + "\n  ".join(problems[:10])
         + more
-        + "\nRepair them, or leave them out: dataset.select(i for i in range(len(dataset)) if i not in bad_rows)."
+        + "\nRepair them, or leave them out: dataset.filter(lambda row, i: i not in bad_rows, with_indices=True)."
     )

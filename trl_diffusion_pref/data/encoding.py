@@ -23,6 +23,7 @@ from .cells import CellProblem, paths_outside
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
 from .preparation import Preparation, preparation_for
 from .prompts import truncation_report, without_truncation_messages
+from .sizes import Resolution
 from .space import check_space
 
 
@@ -48,7 +49,8 @@ class EncodingOptions:
     """What decides the encoded values, besides the weights.
 
     Args:
-        resolution: Side length in pixels of images, shorter side of clips; None for what the pipeline generates.
+        resolution: Side length in pixels of images, shorter side of clips, or (height, width); None for what the
+            pipeline generates.
         crop: "center" or "random" (one place per pair, drawn once from the seed and the row).
         random_flip: Whether each pair is mirrored with probability 1/2 (one decision per pair, likewise).
         seed: Of these draws.
@@ -57,7 +59,7 @@ class EncodingOptions:
         num_frames: Of a clip; None for what the pipeline generates.
     """
 
-    resolution: int | None = None
+    resolution: Resolution = None
     crop: str = "center"
     random_flip: bool = False
     seed: int = 0
@@ -234,7 +236,7 @@ def _file_stamps(undecoded: Dataset, image_columns: tuple[str, ...]) -> list[tup
 
 
 def latent_shape(
-    pipeline: DiffusionPipeline, family: Family, resolution: int | None = None, num_frames: int | None = None
+    pipeline: DiffusionPipeline, family: Family, resolution: Resolution = None, num_frames: int | None = None
 ) -> tuple[int, ...]:
     """Shape of the latents of one sample, found by encoding one: `(C, h, w)`, `(C, f, h, w)` of a clip.
 
@@ -250,7 +252,7 @@ def latent_shape(
 
 
 def uncropped_conditioning(
-    pipeline: DiffusionPipeline, family: Family, resolution: int | None = None, num_frames: int | None = None
+    pipeline: DiffusionPipeline, family: Family, resolution: Resolution = None, num_frames: int | None = None
 ) -> dict[str, torch.Tensor]:
     """`Family.image_conditioning` of a sample that was neither resized nor cropped; empty where there is none."""
     return preparation_for(pipeline, family, resolution, num_frames).uncropped_conditioning()

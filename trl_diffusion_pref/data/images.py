@@ -24,7 +24,7 @@ def decode_image(cell: Any) -> Image.Image:
         RGB image, EXIF rotation applied, transparency composited on white, 16-bit grey scaled to 8 bits.
 
     Raises:
-        ImageProblem: Nothing there, not an image, or a truncated one.
+        ImageProblem: Nothing there, not an image, an animation, or a truncated one.
     """
     if cell is None:
         raise ImageProblem("the image is None")
@@ -38,9 +38,14 @@ def decode_image(cell: Any) -> Image.Image:
     try:
         if not isinstance(cell, Image.Image):
             with open_cell(cell) as file, Image.open(file) as opened:
+                # Phones' JPEG (MPO) holds a preview or depth after the picture, which is no animation.
+                if opened.format in ("GIF", "PNG", "WEBP") and getattr(opened, "n_frames", 1) > 1:
+                    raise ImageProblem(f"found an animation of {opened.n_frames} frames; choose one of them")
                 opened.load()
                 cell = opened.copy()
         return _to_rgb(ImageOps.exif_transpose(cell))
+    except ImageProblem:
+        raise
     except FileNotFoundError as error:
         raise ImageProblem(f"no file at {path}") from error
     except Image.UnidentifiedImageError as error:

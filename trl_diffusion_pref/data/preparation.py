@@ -14,6 +14,7 @@ from ..families import AudioFamily, Family, VideoFamily
 from .cells import check_kind, undecoded_feature
 from .clips import decode_clip
 from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .sizes import Resolution
 from .waveforms import Waveform, decode_waveform, fit, mix, resample
 
 
@@ -21,7 +22,8 @@ class Preparation(ABC):
     """How the samples of one pipeline are made of cells.
 
     Args:
-        resolution: Pixels of a square image, or of a clip's shorter side; None for what the pipeline generates.
+        resolution: Pixels of a square image, or of a clip's shorter side; or (height, width); None for what the
+            pipeline generates.
         num_frames: Of a clip; None for what the pipeline generates.
 
     Attributes:
@@ -71,18 +73,20 @@ class Preparation(ABC):
 
 
 class ImagePreparation(Preparation):
-    """Square images."""
+    """Images, square unless told otherwise."""
 
     noun = "image"
 
     def __init__(
-        self, pipeline: DiffusionPipeline, family: Family, resolution: int | None, num_frames: int | None
+        self, pipeline: DiffusionPipeline, family: Family, resolution: Resolution, num_frames: int | None
     ) -> None:
         super().__init__(pipeline, family)
         _refuse_frames(num_frames, self.pipeline_class, "images")
-        self.resolution = resolution or family.resolution(pipeline)
-        family.check_resolution(pipeline, self.resolution)
-        self.shape = (3, self.resolution, self.resolution)
+        resolution = resolution or family.resolution(pipeline)
+        sides = (resolution, resolution) if isinstance(resolution, int) else resolution
+        for side in sides:
+            family.check_side(pipeline, side)
+        self.shape = (3, *sides)
 
     def feature(self, feature: Any) -> Any:
         # Clips and sound are refused by row, so they are left what they are.
@@ -101,13 +105,13 @@ class ImagePreparation(Preparation):
         return one.size == other.size and one.tobytes() == other.tobytes()
 
     def tensor(self, decoded: PILImage.Image, crop_at: tuple[float, float], flip: bool) -> Tensor:
-        return prepare_image(decoded, self.resolution, crop_at, flip)
+        return prepare_image(decoded, self.shape[1:], crop_at, flip)
 
     def conditioning(self, decoded: PILImage.Image, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
         return self.family.image_conditioning(
             self.pipeline,
             (decoded.height, decoded.width),
-            crop_top_left(decoded.size, self.resolution, crop_at, flip),
+            crop_top_left(decoded.size, self.shape[1:], crop_at, flip),
             self.shape[1:],
         )
 
@@ -121,12 +125,16 @@ class ClipPreparation(Preparation):
     noun = "clip"
 
     def __init__(
-        self, pipeline: DiffusionPipeline, family: VideoFamily, resolution: int | None, num_frames: int | None
+        self, pipeline: DiffusionPipeline, family: VideoFamily, resolution: Resolution, num_frames: int | None
     ) -> None:
         super().__init__(pipeline, family)
         frames, height, width = family.video_size(pipeline)
-        if resolution is not None:
+        if isinstance(resolution, int):
             height, width = family.scaled_size(pipeline, resolution)
+        elif resolution is not None:
+            height, width = resolution
+            for side in resolution:
+                family.check_side(pipeline, side)
         self.num_frames = num_frames or frames
         self.shape = (3, self.num_frames, height, width)
 
@@ -149,7 +157,7 @@ class WaveformPreparation(Preparation):
         self,
         pipeline: DiffusionPipeline,
         family: AudioFamily,
-        resolution: int | None,
+        resolution: Resolution,
         num_frames: int | None,
         cropped_or_mirrored: bool,
     ) -> None:
@@ -206,7 +214,7 @@ def _refuse_frames(num_frames: int | None, pipeline_class: str, generated: str) 
 def preparation_for(
     pipeline: DiffusionPipeline,
     family: Family,
-    resolution: int | None = None,
+    resolution: Resolution = None,
     num_frames: int | None = None,
     *,
     cropped_or_mirrored: bool = False,

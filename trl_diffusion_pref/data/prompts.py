@@ -61,8 +61,9 @@ class PromptTable:
 def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
     """Of all that `encode_prompts` depends on, prompts aside.
 
-    Encoders, tokenizers, how prompts are cleaned, and how pipeline and denoiser are configured. Ask for it after
-    prompts were encoded once: Sana's pipeline sets up its tokenizer only then.
+    Encoders, tokenizers, how prompts are cleaned, how family, pipeline and denoiser are configured, and the versions
+    of diffusers and transformers. Ask for it after prompts were encoded once: Sana's pipeline sets up its tokenizer
+    only then.
     """
     own = set(pipeline.config) - set(pipeline.components)
     configs = [
@@ -80,6 +81,8 @@ def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
             ],
             json.dumps(configs, sort_keys=True, default=str),
             family.tokenized_text(pipeline, _CLEANED_IF_POSSIBLE),
+            vars(family),
+            (diffusers.__version__, transformers.__version__),
         ]
     )
 
@@ -109,8 +112,7 @@ def encode_prompt_table(
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Holds one Arrow file per key: encoders, tokenizers, configurations, the versions of diffusers and
-            transformers, set of prompts.
+        cache_folder: Holds one Arrow file per key: `text_fingerprint` and set of prompts.
 
     Raises:
         ValueError: The disk has no room for the embeddings.
@@ -119,8 +121,7 @@ def encode_prompt_table(
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
-    versions = (diffusers.__version__, transformers.__version__)
-    fingerprint = Hasher.hash([_PROMPTS_VERSION, versions, text_fingerprint(pipeline, family), distinct])
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, text_fingerprint(pipeline, family), distinct])
 
     def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
         texts = [prompt for prompt in batch["prompt"] if prompt]

@@ -16,6 +16,7 @@ from .cells import CellProblem, as_file, check_kind, is_file, open_cell
 
 # Of silence at both ends before the Fourier transform, which takes the sound for one period of an endless one.
 _MARGIN_IN_S = 0.05
+_PEAK_OF_FLOATS = 10.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def _from_array(array: Any, rate: Any) -> Waveform:
             "(channels, samples)"
         )
     samples = np.atleast_2d(samples)
+    peak = float(np.abs(samples).max(initial=0.0))
+    # A little over 1 is loud sound; this is another scale.
+    if peak > _PEAK_OF_FLOATS:
+        raise CellProblem(f"an array with samples up to {peak:g}; divide by its full scale, to be in [-1, 1]")
     if samples.shape[0] > samples.shape[1] > 0:
         raise CellProblem(f"an array with shape {samples.shape}; channels come first: (channels, samples)")
     return Waveform(torch.from_numpy(samples.astype(np.float32)), int(rate))

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data import (
     EncodingOptions,
     RowCollator,
+    as_resolution,
     check_columns,
     encode_prompt_table,
     encode_rows,
@@ -119,7 +120,7 @@ def preference_accuracy(
     shared: bool = True,
     seed: int = 0,
     batch_size: int = 8,
-    resolution: int | None = None,
+    resolution: int | str | tuple[int, int] | None = None,
     num_frames: int | None = None,
     cache_folder: str | Path | None = None,
 ) -> PreferenceAccuracy:
@@ -133,7 +134,8 @@ def preference_accuracy(
         shared: Whether both images of a pair get the same noise and times.
         seed: Of noise and times.
         batch_size: Pairs at once.
-        resolution: Side length in pixels, of clips the shorter side; default what the pipeline generates.
+        resolution: Side length in pixels, of clips the shorter side; or height and width, as "768x1360" or two
+            numbers; default what the pipeline generates.
         num_frames: Of clips; default what the pipeline generates.
         cache_folder: Keeps encoded pairs; default a temporary folder.
 
@@ -147,7 +149,7 @@ def preference_accuracy(
         raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cache_folder or temporary)
-        options = EncodingOptions(resolution=resolution, num_frames=num_frames)
+        options = EncodingOptions(resolution=as_resolution(resolution), num_frames=num_frames)
         with on_device(pipeline, family, family.denoiser(pipeline).device):
             common = {"cache_folder": folder, "batch_size": batch_size}
             report = truncation_report(dataset["prompt"], pipeline, family)

@@ -75,13 +75,18 @@ class Family(ABC):
         """Side length in pixels of the square images that the pipeline generates by default."""
 
     def size_step(self, pipeline: DiffusionPipeline) -> int:
-        """Pixels that a side must be a multiple of: one latent, or one patch where the denoiser takes patches."""
-        factor = getattr(pipeline, "vae_scale_factor_spatial", None) or pipeline.vae_scale_factor
-        patch = self.denoiser(pipeline).config.get("patch_size", 1)
+        """Pixels that a side must be a multiple of: one latent, or one patch where the denoiser takes patches.
+
+        Default: as the pipeline's `vae_scale_factor` or `vae_scale_factor_spatial` and the denoiser's `patch_size` say
+        it; 1 for what is not said.
+        """
+        factors = (getattr(pipeline, name, None) for name in ("vae_scale_factor_spatial", "vae_scale_factor"))
+        factor = next((factor for factor in factors if factor), 1)
+        patch = self.denoiser(pipeline).config.get("patch_size") or 1
         return factor * (patch if isinstance(patch, int) else patch[-1])
 
-    def check_resolution(self, pipeline: DiffusionPipeline, side: int) -> None:
-        """Refuses images or clips whose (shorter) side is no whole number of patches.
+    def check_side(self, pipeline: DiffusionPipeline, side: int) -> None:
+        """Refuses a side in pixels that is no whole number of patches.
 
         Raises:
             ValueError: Says what `resolution` may be.
@@ -210,7 +215,7 @@ class VideoFamily(Family):
         Raises:
             ValueError: The shorter side is not a whole number of patches.
         """
-        self.check_resolution(pipeline, shorter)
+        self.check_side(pipeline, shorter)
         step = self.size_step(pipeline)
         _, *size = self.video_size(pipeline)
         height, width = (max(round(side * shorter / min(size) / step), 1) * step for side in size)

@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from .base import VideoFamily, encode_with_autoencoder_kl, model_inside
 
 
+# What CogVideoX 1.5's config has for the size of its latents is the extent of its table of positions; the size that it
+# was made for, height and width in pixels, is in its model card alone.
+_TABLE_OF_POSITIONS = (300, 300)
+_SIZE_OF_1_5 = (768, 1360)
+
+
 class CogVideoXFamily(VideoFamily):
     """`CogVideoXPipeline`, 1.0 and 1.5."""
 
@@ -18,12 +24,15 @@ class CogVideoXFamily(VideoFamily):
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
     def video_size(self, pipeline: CogVideoXPipeline) -> tuple[int, int, int]:
-        """For CogVideoX 1.5 with the frames that the pipeline adds to fill the last patch."""
+        """For CogVideoX 1.5 with the frames that the pipeline adds to fill the last patch, at 768x1360."""
         config, factor = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
         frames = config.sample_frames
         latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
         frames += -latent_frames % (config.patch_size_t or 1) * pipeline.vae_scale_factor_temporal
-        return frames, config.sample_height * factor, config.sample_width * factor
+        size = (config.sample_height, config.sample_width)
+        if size == _TABLE_OF_POSITIONS:
+            return frames, *_SIZE_OF_1_5
+        return frames, size[0] * factor, size[1] * factor
 
     def encode_images(self, pipeline: CogVideoXPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         self.check_clips(pipeline, pixels)
@@ -33,7 +42,8 @@ class CogVideoXFamily(VideoFamily):
             # When sampling, the pipeline generates frames that it throws away; here nothing could stand for them.
             raise ValueError(
                 f"A clip of {pixels.shape[2]} frames has {mean.shape[2]} latent frames, but this transformer takes "
-                f"multiples of {patch}. Bring {pixels.shape[2] + pipeline.vae_scale_factor_temporal} frames."
+                f"multiples of {patch}. Cut it to {pixels.shape[2] - pipeline.vae_scale_factor_temporal} frames, or "
+                f"bring {pixels.shape[2] + pipeline.vae_scale_factor_temporal}."
             )
         return mean, std
 

@@ -37,9 +37,11 @@ def sizes_of(
     """
     config = model_inside(denoiser).config
     side = config.get("sample_size") or _SAMPLE_SIZE
+    sides = (side, side) if isinstance(side, int) else tuple(side)
     if cfg.resolution is not None:
-        side = cfg.resolution // vae_factor
-    latents, conditioning = (config.in_channels, side, side), {}
+        pixels = (cfg.resolution,) * 2 if isinstance(cfg.resolution, int) else cfg.resolution
+        sides = tuple(side // vae_factor for side in pixels)
+    latents, conditioning = (config.in_channels, *sides), {}
     match family.pipeline_class:
         case "StableDiffusionPipeline":
             conditioning = {"prompt_embeds": (clip_length, config.cross_attention_dim)}
@@ -56,14 +58,14 @@ def sizes_of(
                 "pooled_prompt_embeds": (config.pooled_projection_dim,),
             }
         case "FluxPipeline":
-            latents = (config.in_channels // 4, side, side)
+            latents = (config.in_channels // 4, *sides)
             conditioning = {
                 "prompt_embeds": (_prompt_length(family), config.joint_attention_dim),
                 "pooled_prompt_embeds": (config.pooled_projection_dim,),
                 **({"guidance": ()} if config.guidance_embeds else {}),
             }
         case "QwenImagePipeline":
-            latents = (config.in_channels // 4, side, side)
+            latents = (config.in_channels // 4, *sides)
             length = _prompt_length(family)
             conditioning = {"prompt_embeds": (length, config.joint_attention_dim), "prompt_embeds_mask": (length,)}
         case "PixArtSigmaPipeline" | "SanaPipeline":

@@ -51,7 +51,7 @@ def noise_process(
     if _is_flow(scheduler):
         config, terminal = scheduler.config, 0.0
         if timestep_shift is None:
-            timestep_shift, terminal = _shift(config, image_tokens), config.get("shift_terminal") or 0.0
+            timestep_shift, terminal = _shift(scheduler, image_tokens), config.get("shift_terminal") or 0.0
         sampling = timestep_sampling or "logit_normal"
         return RectifiedFlow(config.num_train_timesteps, sampling, timestep_shift, terminal)
     for name, value in (("timestep_sampling", timestep_sampling), ("timestep_shift", timestep_shift)):
@@ -70,6 +70,11 @@ def noise_process(
         return ContinuousVariancePreserving(scheduler.config.num_train_timesteps)
     if hasattr(scheduler, "alphas_cumprod"):
         return VariancePreserving(scheduler.alphas_cumprod, scheduler.config.get("prediction_type", "epsilon"))
+    if type(scheduler).__name__.startswith("EDM"):
+        raise TypeError(
+            f"{type(scheduler).__name__} is of a model that is trained as EDM (Playground 2.5, say), which is not "
+            "supported; with another scheduler training would have another objective than the model."
+        )
     raise TypeError(
         f"{type(scheduler).__name__} is neither a variance-preserving scheduler (with alphas_cumprod, such as "
         "DDPMScheduler) nor a flow-matching one. Set pipeline.scheduler to one of these before training."
@@ -83,13 +88,14 @@ def _is_flow(scheduler) -> bool:
     return hasattr(scheduler, "alphas_cumprod") and scheduler.config.get("prediction_type") == "flow_prediction"
 
 
-def _shift(config: Mapping[str, Any], image_tokens: int | None) -> float | None:
+def _shift(scheduler: Any, image_tokens: int | None) -> float | None:
     """The factor by which a flow's sampler shifts times; None where it depends on tokens and they are not known.
 
     With `use_dynamic_shifting` diffusers' pipelines hand their scheduler mu, a straight line through `base_shift` at
     `base_image_seq_len` tokens and `max_shift` at `max_image_seq_len`; e^mu is the factor ("exponential"), or mu
     ("linear"). The defaults are those pipelines', for schedulers whose config lacks these options.
     """
+    config: Mapping[str, Any] = scheduler.config
     if config.get("use_dynamic_shifting"):
         if image_tokens is None:
             return None
@@ -98,4 +104,7 @@ def _shift(config: Mapping[str, Any], image_tokens: int | None) -> float | None:
         mu = base + (most - base) / (max_tokens - base_tokens) * (image_tokens - base_tokens)
         return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
     # Multistep solvers read their own option, and only with flow sigmas.
-    return config.flow_shift if config.get("use_flow_sigmas") else config.get("shift", 1.0)
+    if config.get("use_flow_sigmas"):
+        return config.flow_shift
+    # `set_shift` changes the scheduler and leaves its config.
+    return getattr(scheduler, "shift", config.get("shift", 1.0))

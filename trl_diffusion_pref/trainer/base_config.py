@@ -9,6 +9,7 @@ import datasets
 import torch
 from trl.trainer.base_config import _BaseConfig
 
+from ..data import as_resolution
 from ..noise import TIMESTEP_SAMPLINGS
 
 
@@ -26,9 +27,9 @@ class DiffusionPreferenceConfig(_BaseConfig):
 
     > Parameters that control the data
 
-        resolution (`int`, *optional*):
+        resolution (`int` or `str`, *optional*):
             Side length in pixels of the square that every image is scaled and cropped to; of clips the shorter side.
-            Default: what the pipeline generates.
+            Or height and width, of images and clips: `"768x1360"`. Default: what the pipeline generates.
         num_frames (`int`, *optional*):
             Frames that every clip must have. Default: what the pipeline generates. Refused where it generates no
             clips.
@@ -72,9 +73,12 @@ class DiffusionPreferenceConfig(_BaseConfig):
         default=None,
         metadata={"help": "Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder."},
     )
-    resolution: int | None = field(
+    resolution: int | str | None = field(
         default=None,
-        metadata={"help": "Side length in pixels of the training images. Default: what the pipeline generates."},
+        metadata={
+            "help": "Side length in pixels of the training images, shorter side of clips, or height and width, "
+            "'768x1360'. Default: what the pipeline generates."
+        },
     )
     num_frames: int | None = field(
         default=None, metadata={"help": "Frames of the training clips. Default: what the pipeline generates."}
@@ -156,8 +160,7 @@ class DiffusionPreferenceConfig(_BaseConfig):
             self.activation_checkpointing = True
         super().__post_init__()
         self._check_choices("crop", "latent_sampling")
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"resolution={self.resolution} pixels: it must be positive.")
+        self.resolution = as_resolution(self.resolution)
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames={self.num_frames}: it must be at least 1.")
         if not 0.0 <= self.prompt_dropout < 1.0:

@@ -100,9 +100,10 @@ class RowTrainer(DiffusionPreferenceTrainer):
         )
 
     def sample_size(self, args: DiffusionPreferenceConfig) -> int | list[int]:
-        """Side of the square images in pixels; of clips and sound the shape, as the VAE takes it without the batch."""
+        """Side of square images in pixels; of all else the shape, as the VAE takes it without the batch."""
         shape = preparation_for(self.pipeline, self.family, args.resolution, args.num_frames).shape
-        return shape[-1] if self.family.modality == "image" else list(shape)
+        square = self.family.modality == "image" and shape[-1] == shape[-2]
+        return shape[-1] if square else list(shape)
 
     def extra_columns(self, dataset: Dataset | IterableDataset, args: DiffusionPreferenceConfig) -> tuple[str, ...]:
         """Numeric columns that reach the batch besides prompt and images."""

@@ -1,0 +1,31 @@
+"""What `resolution` may be: a side, or a height and a width."""
+
+from collections.abc import Sequence
+
+
+Resolution = int | tuple[int, int] | None
+
+
+def as_resolution(value: int | str | Sequence[int] | None) -> Resolution:
+    """A side in pixels, (height, width), or None for what the pipeline generates.
+
+    Args:
+        value: As a number, a pair of numbers, or text, "512" or "768x1360", height first.
+
+    Raises:
+        ValueError: None of these, or not positive.
+    """
+    parts = value
+    if isinstance(value, str):
+        parts = value.lower().split("x")
+    elif value is None or isinstance(value, int):
+        parts = [value]
+    sides = [int(part) if isinstance(part, str) and part.strip().isdigit() else part for part in parts]
+    if value is not None and (
+        len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError(
+            f"resolution={value!r} is neither a positive number of pixels, such as 512, nor a height and a width, "
+            'such as "768x1360".'
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
