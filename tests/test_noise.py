@@ -7,6 +7,8 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -272,6 +274,12 @@ class TestFlowShift:
         reference.set_timesteps(sigmas=self.grid())
         torch.testing.assert_close(times.flip(0), reference.sigmas)
 
+    def test_a_shift_that_was_set_on_the_scheduler(self):
+        """`set_shift` leaves the config as it was."""
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler.set_shift(7.0)
+        assert noise_process(scheduler).shift == 7.0
+
     # Flux.1-dev's, and Qwen-Image's, which ends at 0.02
     @pytest.mark.parametrize(
         "options", [{}, {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}], ids=["flux", "qwen"]
@@ -333,3 +341,9 @@ class TestFlowShift:
         (name,) = options
         with pytest.raises(ValueError, match=f"{name}=.*DDPMScheduler.*whose training times are uniform"):
             noise_process(scheduler("epsilon"), **options)
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_schedulers_of_edm_models_are_refused_as_what_they_are(kind):
+    with pytest.raises(TypeError, match=f"{kind.__name__} is of a model that is trained as EDM"):
+        noise_process(kind())

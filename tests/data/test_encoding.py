@@ -155,6 +155,13 @@ def test_both_images_of_a_pair_share_crop_and_flip(tiny_pipeline, tmp_path):
     assert len({mean.numpy().tobytes() for mean in means}) >= 8  # rows differ in place and orientation
 
 
+def test_files_that_are_equal_are_no_preference_at_any_crop(tiny_pipeline, tmp_path):
+    wide = noise_image(0, (4 * RESOLUTION, RESOLUTION))
+    rows = image_pairs([("a", png(wide), png(wide))])
+    with pytest.raises(ValueError, match="row 0, .*what is used of them is the same image"):
+        encode(rows, tiny_pipeline, tmp_path, crop="random")
+
+
 def test_images_that_differ_only_where_the_centre_crop_never_looks_are_no_preference(tiny_pipeline, tmp_path):
     wide = noise_image(0, (4 * RESOLUTION, RESOLUTION))
     touched = wide.copy()

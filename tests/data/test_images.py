@@ -24,6 +24,22 @@ def test_pixels_are_scaled_to_minus_one_to_one():
     np.testing.assert_allclose(pixels[:, 0, 0].numpy(), [-1.0, 1.0, -0.6], atol=1e-6)
 
 
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_animations_are_refused(format):
+    buffer = io.BytesIO()
+    frames = [Image.effect_noise((8, 8), 10.0 * (i + 1)).convert("RGB") for i in range(3)]
+    frames[0].save(buffer, format=format, save_all=True, append_images=frames[1:])
+    with pytest.raises(ImageProblem, match="found an animation of 3 frames; choose one of them"):
+        decode_image({"bytes": buffer.getvalue(), "path": None})
+
+
+def test_the_picture_of_a_phone_s_jpeg_is_its_first():
+    buffer = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(buffer, format="MPO", save_all=True, append_images=frames[1:])
+    assert decode_image({"bytes": buffer.getvalue(), "path": None}).getpixel((0, 0))[0] > 200
+
+
 def test_wide_images_are_cropped_in_the_middle_and_not_stretched():
     image = Image.new("RGB", (40, 20), "red")
     image.paste(Image.new("RGB", (20, 20), "blue"), (10, 0))

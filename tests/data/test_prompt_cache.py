@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
 import tiny  # noqa: E402
 
-from trl_diffusion_pref.data import encode_prompt_table  # noqa: E402
-from trl_diffusion_pref.families import family_for  # noqa: E402
+from trl_diffusion_pref.data import encode_prompt_table, text_fingerprint  # noqa: E402
+from trl_diffusion_pref.families import family_for, pixart_sigma  # noqa: E402
+from trl_diffusion_pref.families.flux import FluxFamily  # noqa: E402
 
 
 PROMPTS = ["a red circle", "a blue ring"]
@@ -78,22 +80,48 @@ def test_whatever_changes_the_embeddings_makes_another_table(name, change, tmp_p
 
 @pytest.mark.parametrize("name", ["wan", "pixart_sigma"])
 def test_packages_that_clean_prompts_make_another_table(name, tmp_path, monkeypatch):
-    """Both pipelines mend and strip prompts as far as ftfy and bs4 are installed."""
+    """Both pipelines mend and strip prompts as far as ftfy and bs4 are installed, which they are not here."""
     pipeline = tiny.build(name)
     encode(pipeline, tmp_path)
-    family = type(family_for(pipeline))
-    cleaned = family.tokenized_text
-    monkeypatch.setattr(family, "tokenized_text", lambda *args: cleaned(*args).replace("<b>", ""))
+    mended = SimpleNamespace(fix_text=lambda text: text.replace("\u00e2\u20ac\u201c", "\u2013"))
+    if name == "wan":
+        # Where `prompt_clean` is at home; the family has to ask it.
+        module = sys.modules[type(pipeline).__module__]
+        monkeypatch.setattr(module, "is_ftfy_available", lambda: True)
+        monkeypatch.setattr(module, "ftfy", mended, raising=False)
+    else:
+        monkeypatch.setattr(pixart_sigma, "is_bs4_available", lambda: True)
+        monkeypatch.setattr(pixart_sigma, "is_ftfy_available", lambda: True)
+
+        def clean(texts, clean_caption=False):
+            return [mended.fix_text(text) for text in ([texts] if isinstance(texts, str) else texts)]
+
+        monkeypatch.setattr(pipeline, "_text_preprocessing", clean)
     encode(pipeline, tmp_path)
     assert len(list(tmp_path.glob("prompts-*.arrow"))) == 2
 
 
-def test_another_version_of_diffusers_makes_another_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("library", ["diffusers", "transformers"])
+def test_another_version_makes_another_table_and_whatever_was_made_from_the_old_one_is_known_as_old(
+    library, tmp_path, monkeypatch
+):
     pipeline = tiny.build("stable_diffusion")
+    family = family_for(pipeline)
     encode(pipeline, tmp_path)
-    monkeypatch.setattr("diffusers.__version__", "0.99")
+    before = text_fingerprint(pipeline, family)
+    monkeypatch.setattr(f"{library}.__version__", "0.99")
     encode(pipeline, tmp_path)
     assert len(list(tmp_path.glob("prompts-*.arrow"))) == 2
+    # References and likelihoods are kept with this, see the trainers' records.
+    assert text_fingerprint(pipeline, family) != before
+
+
+def test_another_guidance_in_training_makes_another_table(tmp_path):
+    pipeline = tiny.build("flux_dev")
+    for guidance in (1.0, 3.5):
+        family = FluxFamily(training_guidance=guidance)
+        table = encode_prompt_table(PROMPTS, pipeline, family, cache_folder=tmp_path, batch_size=2)
+        assert table(PROMPTS)["guidance"].tolist() == [guidance] * 2
 
 
 @pytest.mark.parametrize("name", tiny.CASES)

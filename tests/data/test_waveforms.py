@@ -203,6 +203,28 @@ def test_pairs_that_differ_only_beyond_the_end_are_no_preference(stable_audio, t
         encode(dataset, stable_audio, tmp_path)
 
 
+def test_sounds_of_one_beginning_and_several_lengths_are_told_apart(stable_audio, tmp_path):
+    """Where silence fills them up they are one sound; what the model is told of them is not."""
+    bell = np.concatenate([np.random.default_rng(0).uniform(-1, 1, (2, 40)), np.zeros((2, 20))], axis=1)
+    cells = [{"array": bell[:, :count], "sampling_rate": 16} for count in (60, 40)]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    row = encode(dataset, stable_audio, tmp_path)[0]
+    assert torch.equal(row["chosen_mean"], row["rejected_mean"])
+    durations = [row[f"{column}_conditioning/duration_embeds"] for column in ("chosen", "rejected")]
+    assert not torch.equal(*durations)
+
+
+def test_loudness_alone_is_no_preference_for_audioldm_2_which_is_said(tmp_path):
+    pipeline, sound = tiny.build("audioldm2"), np.random.default_rng(0).uniform(-0.1, 0.1, 2560)
+    cells = [{"array": factor * sound, "sampling_rate": 16000} for factor in (1.0, 3.0)]
+    dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
+    with pytest.raises(ValueError, match="row 0, .*what is used of them is the same sound"):
+        encode(dataset, pipeline, tmp_path)
+    preparation = preparation_for(pipeline, family_for(pipeline))
+    notes = preparation.notes(preparation.decode(cells[0]))
+    assert notes == {"loudness": "sound is brought to the loudness that AudioLDM2Pipeline's model was trained on"}
+
+
 def test_audioldm_2_hears_every_sound_around_zero_with_a_peak_of_one_half():
     pipeline = tiny.build("audioldm2")
     preparation = preparation_for(pipeline, family_for(pipeline))
@@ -241,6 +263,8 @@ IMAGE = PILImage.new("RGB", (4, 4))
         ({"array": [1, 2], "sampling_rate": 16}, "an array of int64 .*pass floats"),
         ({"array": np.zeros((9, 2)), "sampling_rate": 16}, "channels come first"),
         ({"array": [0.1, float("nan")], "sampling_rate": 16}, "NaN"),
+        ({"array": [0.1, -32767.0], "sampling_rate": 16}, "samples up to 32767; divide by its full scale"),
+        ([0.1, 0.2], "a list is no sound; pass a file, or an array with its sampling_rate"),
         ({"array": np.zeros(0), "sampling_rate": 16}, "no samples"),
         ({"bytes": wav(np.zeros((0, 1))), "path": None}, "no samples"),
         ({"array": np.zeros((3, 9)), "sampling_rate": 16}, "found sound of 3 channels, wanted 2"),

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -50,6 +51,34 @@ def test_a_tone_is_loudest_where_its_frequency_is_on_the_mel_scale():
     expected = [round(mel / highest * 17) - 1 for mel in mels]
     assert spectrograms[:, 0, 8].argmax(dim=-1).tolist() == expected
     assert family.spectrograms(pipeline, torch.zeros(1, 1, 2560)).unique().tolist() == pytest.approx([math.log(1e-5)])
+
+
+def test_a_spectrogram_has_the_values_of_one_that_is_written_out():
+    """In float64: Hann window, discrete Fourier transform as a sum, Slaney's triangles of unit area, logarithm."""
+    pipeline = tiny.build("audioldm2")
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 2560)
+    spectrogram = family_for(pipeline).spectrograms(pipeline, torch.from_numpy(samples)[None, None])[0, 0]
+
+    def hertz(mel: float) -> float:
+        return mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)
+
+    highest = 15 + 27 * math.log(8) / math.log(6.4)
+    corners = [hertz(highest * i / 17) for i in range(18)]
+    bins = np.arange(513) * 16000 / 1024
+    triangles = np.array(
+        [
+            np.clip(np.minimum((bins - low) / (top - low), (high - bins) / (high - top)), 0, None) * 2 / (high - low)
+            for low, top, high in zip(corners, corners[1:], corners[2:], strict=False)
+        ]
+    )
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    waves = np.exp(-2j * np.pi * np.outer(np.arange(513), np.arange(1024)) / 1024)
+    for frame in (0, 8, 15):
+        # 432 samples stand before the first hop: (1024 - 160) / 2, mirrored at the ends.
+        positions = np.abs(np.arange(1024) + 160 * frame - 432)
+        positions = np.where(positions > 2559, 2 * 2559 - positions, positions)
+        expected = np.log(np.maximum(triangles @ np.abs(waves @ (window * samples[positions])), 1e-5))
+        torch.testing.assert_close(spectrogram[frame].double(), torch.from_numpy(expected), rtol=0, atol=1e-3)
 
 
 def test_each_frame_of_a_spectrogram_looks_at_the_middle_of_its_hop():

@@ -360,8 +360,8 @@ def test_resolutions_that_the_denoiser_cannot_take_are_refused_before_anything_i
     family = family_for(pipeline)
     conditioning = conditioning_for(family, pipeline, name, PROMPTS[:1])
 
-    def predicted_shape(side: int) -> tuple[torch.Size, torch.Size]:
-        mean, _ = family.encode_images(pipeline, torch.zeros(1, 3, side, side))
+    def predicted_shape(height: int, width: int) -> tuple[torch.Size, torch.Size]:
+        mean, _ = family.encode_images(pipeline, torch.zeros(1, 3, height, width))
         with torch.no_grad():
             prediction = family.predict(family.denoiser(pipeline), mean, torch.tensor([500.0]), conditioning)
         return prediction.shape, mean.shape
@@ -369,7 +369,8 @@ def test_resolutions_that_the_denoiser_cannot_take_are_refused_before_anything_i
     # An odd number of the smallest pieces works, a part of one does not.
     step = family.size_step(pipeline)
     assert preparation_for(pipeline, family, 3 * step).shape == (3, 3 * step, 3 * step)
-    given, wanted = predicted_shape(3 * step)
+    assert preparation_for(pipeline, family, (3 * step, 5 * step)).shape == (3, 3 * step, 5 * step)
+    given, wanted = predicted_shape(3 * step, 5 * step)
     assert given == wanted
     side = 3 * step - pipeline.vae_scale_factor if step > pipeline.vae_scale_factor else 3 * step - 1
     with pytest.raises(
@@ -378,7 +379,7 @@ def test_resolutions_that_the_denoiser_cannot_take_are_refused_before_anything_i
         preparation_for(pipeline, family, side)
     if step > pipeline.vae_scale_factor:
         try:
-            given, wanted = predicted_shape(side)
+            given, wanted = predicted_shape(side, side)
         except RuntimeError:
             return
         assert given != wanted

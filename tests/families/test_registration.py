@@ -1,12 +1,15 @@
 """Families from outside the package, by a call or through an entry point."""
 
 import pytest
+import tiny
 from conftest import build_tiny_pipeline
 from diffusers import DDPMPipeline
 
-from trl_diffusion_pref import families
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer, families
+from trl_diffusion_pref.evaluation import preference_accuracy
 from trl_diffusion_pref.families import Family, family_for, register_family, supported_pipelines
 from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
+from trl_diffusion_pref.shapes import preference_pairs
 
 
 class OtherFamily(StableDiffusionFamily):
@@ -127,3 +130,34 @@ def test_an_entry_point_that_is_no_family_is_refused(install):
     install("outside_number", "number = 3", "number")
     with pytest.raises(TypeError, match="package outside_number.*got a int, not an instance"):
         supported_pipelines()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("flux_dev", "text_encoder_2"), ("stable_diffusion_xl", "text_encoder"), ("stable_diffusion", "vae")],
+)
+def test_a_pipeline_without_a_part_that_encodes_is_refused(name, part, tmp_path):
+    pipeline = tiny.build(name)
+    setattr(pipeline, part, None)
+    message = f"The {type(pipeline).__name__} was loaded without {part}, and prompts and samples are encoded"
+    with pytest.raises(ValueError, match=message):
+        MaPOTrainer(pipeline, MaPOConfig(output_dir=str(tmp_path)), preference_pairs(2))
+    with pytest.raises(ValueError, match=message):
+        preference_accuracy(pipeline, preference_pairs(2))
+
+
+@pytest.mark.parametrize("size", [None, [8, 12]])
+def test_a_unet_that_says_no_square_needs_a_resolution(size):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.register_to_config(sample_size=size)
+    with pytest.raises(ValueError, match="is no side of a square. Set resolution"):
+        family_for(pipeline).resolution(pipeline)
+    pipeline.unet.register_to_config(sample_size=[8, 8])
+    assert family_for(pipeline).resolution(pipeline) == 16
+
+
+def test_a_pipeline_that_says_no_factor_demands_none_of_its_sizes():
+    pipeline = build_tiny_pipeline()
+    family = family_for(pipeline)
+    del pipeline.vae_scale_factor
+    assert family.size_step(pipeline) == 1

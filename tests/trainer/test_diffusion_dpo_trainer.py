@@ -296,6 +296,13 @@ class TestPrecomputed:
             with pytest.raises(ValueError, match=f"(?s)made from something else.*{message}"):
                 DiffusionDPOTrainer(pipeline, dpo(**own, **options), dataset)
 
+    def test_data_sets_of_any_name_have_files_of_their_own(self, dpo, pairs, tmp_path):
+        own = {"reference": "precomputed", "reference_errors_dir": str(tmp_path / "errors")}
+        names = ["a b", "a-b", "a/b", "../b", ""]
+        DiffusionDPOTrainer(build_tiny_pipeline(), dpo(**own), pairs, dict.fromkeys(names, pairs))
+        assert len(list((tmp_path / "errors").iterdir())) == len(names) + 1
+        assert not (tmp_path / "b").exists()
+
     def test_a_stream_or_a_new_evaluation_set_is_refused(self, dpo, pairs):
         with pytest.raises(ValueError, match="streamed"):
             start("full precomputed", dpo(), pairs.to_iterable_dataset(), None)

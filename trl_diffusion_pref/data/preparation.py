@@ -196,6 +196,8 @@ class WaveformPreparation(Preparation):
             notes["rate"] = f"sound of {decoded.rate} Hz is resampled to {self.rate} Hz"
         if decoded.channels_before != channels:
             notes["channels"] = f"sound of {decoded.channels_before} channels is mixed to {channels}"
+        if not torch.equal(self.family.normalize(decoded.samples), decoded.samples):
+            notes["loudness"] = f"sound is brought to the loudness that {self.pipeline_class}'s model was trained on"
         found, wanted = decoded.samples.shape[1] / decoded.rate, length / self.rate
         # To the sample, since rates need not divide.
         if abs(found - wanted) * self.rate >= 1:

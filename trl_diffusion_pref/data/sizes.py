@@ -18,7 +18,7 @@ def as_resolution(value: int | str | Sequence[int] | None) -> Resolution:
     parts = value
     if isinstance(value, str):
         parts = value.lower().split("x")
-    elif value is None or isinstance(value, int):
+    elif not isinstance(value, Sequence):
         parts = [value]
     sides = [int(part) if isinstance(part, str) and part.strip().isdigit() else part for part in parts]
     if value is not None and (

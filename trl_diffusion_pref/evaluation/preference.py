@@ -140,11 +140,12 @@ def preference_accuracy(
         cache_folder: Keeps encoded pairs; default a temporary folder.
 
     Raises:
-        ValueError: The data set is missing, empty, lacks columns or has unusable rows.
+        ValueError: The data set is missing, empty, lacks columns or has unusable rows; the pipeline lacks a part.
         TypeError: Unsupported pipeline, or a reference of another class.
     """
     check_columns(dataset, "dataset")
     family = family_for(pipeline)
+    family.check_complete(pipeline)
     if reference is not None and family_for(reference) is not family:
         raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
     with tempfile.TemporaryDirectory() as temporary:

@@ -32,6 +32,7 @@ class Family(ABC):
         pipeline_class: Name of the diffusers class.
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
+        optional_encoder_names: Those of them that a pipeline may have been loaded without.
         lora_target_modules: Default targets, those of diffusers' own training examples.
         gradient_checkpointing: Whether the denoiser computes the same with it.
         modality: What a sample is, "image", "video" or "audio".
@@ -42,6 +43,7 @@ class Family(ABC):
     pipeline_class: str
     denoiser_name: str
     encoder_names: tuple[str, ...]
+    optional_encoder_names: tuple[str, ...] = ()
     lora_target_modules: tuple[str, ...]
     gradient_checkpointing: bool = True
     modality: str = "image"
@@ -54,6 +56,20 @@ class Family(ABC):
     def encoders(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
         """The modules that encode prompts and images."""
         return [module for name in self.encoder_names if (module := getattr(pipeline, name, None)) is not None]
+
+    def check_complete(self, pipeline: DiffusionPipeline) -> None:
+        """Refuses a pipeline that was loaded without a part that encodes.
+
+        Raises:
+            ValueError: Names the parts.
+        """
+        needed = [name for name in self.encoder_names if name not in self.optional_encoder_names]
+        missing = [name for name in needed if getattr(pipeline, name, None) is None]
+        if missing:
+            raise ValueError(
+                f"The {type(pipeline).__name__} was loaded without {', '.join(missing)}, and prompts and samples are "
+                "encoded with all of its parts. Load it whole; the encoders leave the device before training starts."
+            )
 
     def text_device(self, pipeline: DiffusionPipeline) -> torch.device:
         """Where the first text encoder is.
@@ -329,6 +345,22 @@ class PeftFormatFamily(Family):
 def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
     """The default of an argument of the pipeline's `__call__`, which `encode_prompt` may have another one for."""
     return inspect.signature(type(pipeline).__call__).parameters[name].default
+
+
+def square_side(denoiser: nn.Module) -> int:
+    """Latents per side of what a denoiser was made for.
+
+    Raises:
+        ValueError: Its config does not say, or says a shape that is no square.
+    """
+    size = denoiser.config.sample_size
+    sides = {size} if isinstance(size, int) else set(size or ())
+    if len(sides) != 1:
+        raise ValueError(
+            f"The {type(denoiser).__name__}'s config has sample_size={size!r}, which is no side of a square. Set "
+            'resolution, such as 512 or "512x768".'
+        )
+    return sides.pop()
 
 
 def model_inside(denoiser: nn.Module) -> ModelMixin:

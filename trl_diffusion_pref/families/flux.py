@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from .base import Family, call_default, encode_with_autoencoder_kl
 
 
-# What diffusers' Flux training examples train with (--guidance_scale).
-TRAINING_GUIDANCE = 1.0
-
-
 class FluxFamily(Family):
-    """`FluxPipeline`; a transformer with a guidance embedding (Flux.1-dev) is trained at guidance 1."""
+    """`FluxPipeline`.
+
+    Args:
+        training_guidance: What a transformer with a guidance embedding (Flux.1-dev) is told in training. The README of
+            diffusers' training examples passes 1, at which the embedding asks for no guidance and the loss's target is
+            what the model should predict; the sampler's default is 3.5. For another one
+            `register_family(FluxFamily(training_guidance=3.5))`.
+    """
 
     pipeline_class = "FluxPipeline"
     denoiser_name = "transformer"
@@ -35,6 +38,9 @@ class FluxFamily(Family):
         "ff_context.net.2",
     )
 
+    def __init__(self, training_guidance: float = 1.0) -> None:
+        self.training_guidance = training_guidance
+
     def resolution(self, pipeline: FluxPipeline) -> int:
         return pipeline.default_sample_size * pipeline.vae_scale_factor
 
@@ -53,7 +59,7 @@ class FluxFamily(Family):
             "pooled_prompt_embeds": pooled_prompt_embeds.float(),
         }
         if pipeline.transformer.config.guidance_embeds:
-            conditioning["guidance"] = torch.full((len(prompts),), TRAINING_GUIDANCE, device=prompt_embeds.device)
+            conditioning["guidance"] = torch.full((len(prompts),), self.training_guidance, device=prompt_embeds.device)
         return conditioning
 
     def token_limits(self, pipeline: FluxPipeline) -> dict[str, int]:

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from .base import Family, encode_with_autoencoder_kl
+from .base import Family, encode_with_autoencoder_kl, square_side
 
 
 class StableDiffusionFamily(Family):
@@ -18,7 +18,7 @@ class StableDiffusionFamily(Family):
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
     def resolution(self, pipeline: StableDiffusionPipeline) -> int:
-        return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        return square_side(pipeline.unet) * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: StableDiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():

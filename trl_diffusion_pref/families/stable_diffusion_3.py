@@ -15,6 +15,7 @@ class StableDiffusion3Family(Family):
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    optional_encoder_names = encoder_names[1:]
     # examples/dreambooth/train_dreambooth_lora_sd3.py
     lora_target_modules = (
         "attn.add_k_proj",

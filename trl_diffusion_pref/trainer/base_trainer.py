@@ -81,6 +81,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         self._check_datasets(train_dataset, eval_dataset)
         self.pipeline = load_pipeline(model, args.model_init_kwargs)
         self.family = family_for(self.pipeline)
+        self.family.check_complete(self.pipeline)
         self.noise_process = self.make_noise_process(args)
         flow = isinstance(self.noise_process, RectifiedFlow)
         fill_in(args, self._name, self.family.pipeline_class, flow=flow)

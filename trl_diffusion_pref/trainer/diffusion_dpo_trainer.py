@@ -4,6 +4,7 @@ import copy
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -207,7 +208,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             record,
             lambda: self.map_rows(dataset, compute, self.args.per_device_train_batch_size),
             self.accelerator,
-            name=f"reference-errors-{name.replace(' ', '-').strip('-')}" if own_folder else None,
+            name="-".join(["reference-errors", *_file_parts(name)]) if own_folder else None,
         )
 
     def _reference_fingerprint(self) -> str:
@@ -315,3 +316,8 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.sync_ref_model:
             self.reference.load(Path(resume_from_checkpoint))
+
+
+def _file_parts(name: str) -> list[str]:
+    """Of "train" or "eval <data set>": data sets are called anything, and no two files alike."""
+    return [quote(part, safe="") for part in name.split(" ", 1) if part]
