@@ -1,4 +1,4 @@
-"""Teaches the embedded flow pipeline to draw outlines, with MaPO or Flow-DPO, in a few minutes on two CPU cores.
+"""Teaches the embedded flow pipeline to draw outlines, with MaPO or Flow-DPO, in a minute or two on two CPU cores.
 
 The base is a rectified flow of Stable Diffusion 3's classes; the trainers find that out from its scheduler.
 """
@@ -11,7 +11,6 @@ from trl_diffusion_pref.shapes import (
     comparison_picture,
     comparison_table,
     load_pipeline,
-    pipeline_folder,
     preference_pairs,
     prompts,
     sample,
@@ -38,15 +37,15 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
         "activation_checkpointing": False,
         "save_strategy": "no",
     }
-    folder, pairs = str(pipeline_folder("flow")), preference_pairs(512)
+    pipeline, pairs = load_pipeline("flow"), preference_pairs(512)
     if options.method == "mapo":
         config = MaPOConfig(**common)
-        trainer = MaPOTrainer(folder, config, pairs)
+        trainer = MaPOTrainer(pipeline, config, pairs)
     else:
         config = DiffusionDPOConfig(
             **common, beta=options.beta, sft_weight=options.sft_weight, prompt_dropout=0.0, divergence_guard="off"
         )
-        trainer = DiffusionDPOTrainer(folder, config, pairs)
+        trainer = DiffusionDPOTrainer(pipeline, config, pairs)
     trainer.train()
     trainer.save_model()
 
