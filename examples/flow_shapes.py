@@ -14,6 +14,7 @@ from trl_diffusion_pref.shapes import (
     preference_pairs,
     prompts,
     sample,
+    sample_base,
 )
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.save_model()
 
     asked = (4 * prompts())[:64]
-    pictures = {"before": sample(load_pipeline("flow"), asked), "after": sample(trainer.pipeline, asked)}
+    pictures = {"before": sample_base("flow", asked), "after": sample(trainer.pipeline, asked)}
     print(comparison_table(pictures, asked, preferred_style="outlined"))
     print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
     return pictures

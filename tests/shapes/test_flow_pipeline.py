@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, prompts, sample, summarize
+from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, prompts, sample, sample_base, summarize
 from trl_diffusion_pref.shapes.train import build_flow_pipeline
 
 
@@ -48,8 +48,8 @@ def test_it_is_made_of_the_real_classes_and_loads_without_any_option():
     assert image.size == (32, 32)
 
 
-def test_it_draws_what_is_asked_and_outlines_in_a_minority(pipeline):
-    summary = summarize(sample(pipeline, ASKED), ASKED)
+def test_it_draws_what_is_asked_and_outlines_in_a_minority():
+    summary = summarize(sample_base("flow", ASKED), ASKED)
     assert 0.02 <= summary.preferred <= 0.5
     assert summary.colour >= 0.95 and summary.shape >= 0.95
     assert summary.clean >= 0.6
