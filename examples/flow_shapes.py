@@ -22,16 +22,16 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["mapo", "dpo"], default="mapo")
     parser.add_argument("--output_dir", default="flow-shapes", help="where the tuned pipeline goes")
-    parser.add_argument("--max_steps", type=int, help="default: 25 for MaPO, 80 for DPO")
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--max_steps", type=int, help="default: 25 for MaPO, 40 for DPO")
+    parser.add_argument("--learning_rate", type=float, help="default: 1e-4 for MaPO, 2e-4 for DPO")
     parser.add_argument("--beta", type=float, default=100.0, help="of DPO")
     parser.add_argument("--sft_weight", type=float, default=1.0, help="of DPO; keeps colours at this learning rate")
     options = parser.parse_args(argv)
 
     common = {
         "output_dir": options.output_dir,
-        "max_steps": options.max_steps or {"mapo": 25, "dpo": 80}[options.method],
-        "learning_rate": options.learning_rate,
+        "max_steps": options.max_steps or {"mapo": 25, "dpo": 40}[options.method],
+        "learning_rate": options.learning_rate or {"mapo": 1e-4, "dpo": 2e-4}[options.method],
         "per_device_train_batch_size": 32,
         # The base was trained on the means; its VAE's posterior is wide, and its noise would drown the preference.
         "latent_sampling": "mean",
