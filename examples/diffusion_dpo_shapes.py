@@ -10,11 +10,11 @@ from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer
 from trl_diffusion_pref.shapes import (
     comparison_picture,
     comparison_table,
-    load_pipeline,
     pipeline_folder,
     preference_pairs,
     prompts,
     sample,
+    sample_base,
 )
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     accuracy["after"] = trainer.evaluate()
 
     asked = (4 * prompts())[:64]
-    pictures = {"before": sample(load_pipeline(), asked), "after": sample(trainer.pipeline, asked)}
+    pictures = {"before": sample_base("mixed", asked), "after": sample(trainer.pipeline, asked)}
     print(comparison_table(pictures, asked, preferred_style="outlined"))
     for name, metrics in accuracy.items():
         low, high = (metrics[f"eval_preference_accuracy_{end}"] for end in ("low", "high"))

@@ -18,6 +18,7 @@ from trl_diffusion_pref.shapes import (
     preference_pairs,
     prompts,
     sample,
+    sample_base,
 )
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     if options.lora:
         tuned.load_lora_weights(options.output_dir)
     asked = (4 * prompts())[:64]
-    pictures = {"before": sample(load_pipeline(), asked), "after": sample(tuned, asked)}
+    pictures = {"before": sample_base("mixed", asked), "after": sample(tuned, asked)}
     print(comparison_table(pictures, asked, preferred_style="outlined"))
     print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
     print(f"pipeline: {options.output_dir}")

@@ -18,6 +18,7 @@ from trl_diffusion_pref.shapes import (
     pipeline_folder,
     prompts,
     sample,
+    sample_base,
 )
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
 
     asked, pipeline, scale = (8 * prompts())[:64], load_pipeline(), options.guidance_scale
     pictures = {
-        "plain": sample(pipeline, asked, guidance_scale=scale),
+        "plain": sample_base("mixed", asked, guidance_scale=scale),
         "negative": sample(trainer.pipeline, asked, guidance_scale=1.0),
     }
     with negative_guidance(pipeline, options.output_dir, beta=options.beta):

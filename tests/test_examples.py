@@ -10,7 +10,15 @@ from PIL import Image
 
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
 from trl_diffusion_pref.guidance import negative_guidance
-from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, preference_pairs, prompts, sample, summarize
+from trl_diffusion_pref.shapes import (
+    load_pipeline,
+    pipeline_folder,
+    preference_pairs,
+    prompts,
+    sample,
+    sample_base,
+    summarize,
+)
 from trl_diffusion_pref.trainer.divergence import DivergenceError
 
 
@@ -113,8 +121,8 @@ def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method
         trainer = DiffusionDPOTrainer(str(pipeline_folder()), config, pairs, peft_config=lora)
     trainer.train()
     trainer.save_model()
+    plain = summarize(sample_base("mixed", ASKED), ASKED)
     pipeline = load_pipeline()
-    plain = summarize(sample(pipeline, ASKED), ASKED)
     with negative_guidance(pipeline, tmp_path):
         guided = summarize(sample(pipeline, ASKED), ASKED)
     assert plain.preferred <= 0.3

@@ -10,11 +10,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors.torch import load_file
+from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, prompts, sample, summarize
-from trl_diffusion_pref.shapes.train import CountedKey, build_flow_pipeline
+from trl_diffusion_pref.shapes import load_pipeline, pipeline_folder, prompts, sample, sample_base, summarize
+from trl_diffusion_pref.shapes.train import build_flow_pipeline
 
 
 ASKED = (4 * prompts())[:64]
@@ -46,8 +48,8 @@ def test_it_is_made_of_the_real_classes_and_loads_without_any_option():
     assert image.size == (32, 32)
 
 
-def test_it_draws_what_is_asked_and_outlines_in_a_minority(pipeline):
-    summary = summarize(sample(pipeline, ASKED), ASKED)
+def test_it_draws_what_is_asked_and_outlines_in_a_minority():
+    summary = summarize(sample_base("flow", ASKED), ASKED)
     assert 0.02 <= summary.preferred <= 0.5
     assert summary.colour >= 0.95 and summary.shape >= 0.95
     assert summary.clean >= 0.6
@@ -76,22 +78,66 @@ def test_the_training_script_builds_the_shipped_architecture(pipeline):
     assert dict(built.config)["qk_norm"] == pipeline.transformer.config.qk_norm
 
 
-def test_one_counted_zero_vector_stands_for_all_of_the_silent_encoder_s(pipeline):
-    """What makes training affordable is exact; in float64, since the trained transformer enlarges roundings."""
-    x_t, timestep = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 900.0])
-    transformer = copy.deepcopy(pipeline.transformer).double()
+def predictions(transformer: nn.Module, pipeline: StableDiffusion3Pipeline, **changed) -> torch.Tensor:
+    """In float64, since the trained transformer enlarges roundings."""
+    embeddings, _, pooled, _ = pipeline.encode_prompt(ASKED[:2], None, None, do_classifier_free_guidance=False)
+    x_t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = {
+        "timestep": torch.tensor([300.0, 900.0]),
+        "encoder_hidden_states": embeddings.double(),
+        "pooled_projections": pooled.double(),
+    }
+    return transformer(hidden_states=x_t, **{**given, **changed}, return_dict=False)[0]
 
-    def predict(embeddings: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        return transformer(x_t.double(), embeddings, pooled, timestep, return_dict=False)[0]
 
+@pytest.fixture
+def counting(pipeline) -> SD3Transformer2DModel:
+    """A copy, as a frozen reference is one."""
+    return copy.deepcopy(pipeline.transformer).double()
+
+
+@pytest.fixture
+def whole() -> SD3Transformer2DModel:
+    """The transformer as diffusers loads it."""
+    return SD3Transformer2DModel.from_pretrained(pipeline_folder("flow") / "transformer").double()
+
+
+def test_counting_the_silent_tokens_changes_neither_outputs_nor_gradients(pipeline, counting, whole):
+    """What makes training and sampling affordable is exact."""
+    ours, theirs = (predictions(transformer, pipeline) for transformer in (counting, whole))
+    assert (ours - theirs).abs().max() < 1e-4
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    for (name, parameter), expected in zip(counting.named_parameters(), whole.parameters(), strict=True):
+        error, size = (parameter.grad - expected.grad).norm(), expected.grad.norm()
+        assert error <= 1e-4 * size + 1e-9, name
+
+
+def test_one_silent_token_that_is_not_counted_does_change_them(pipeline, whole):
+    embeddings = pipeline.encode_prompt(ASKED[:2], None, None, do_classifier_free_guidance=False)[0]
     with torch.no_grad():
-        embeddings, _, pooled, _ = pipeline.encode_prompt(ASKED[:2], None, None, do_classifier_free_guidance=False)
-        embeddings, pooled = embeddings.double(), pooled.double()
-        whole, uncounted = predict(embeddings, pooled), predict(embeddings[:, :17], pooled)
-        with CountedKey(256):
-            counted = predict(embeddings[:, :17], pooled)
-    assert (counted - whole).abs().max() < 1e-4
-    assert (uncounted - whole).abs().max() > 1e-3
+        uncounted = predictions(whole, pipeline, encoder_hidden_states=embeddings[:, :17].double())
+        assert (uncounted - predictions(whole, pipeline)).abs().max() > 1e-3
+
+
+def test_the_transformer_computes_with_one_silent_token(pipeline, counting):
+    lengths = []
+    counting.context_embedder.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    with torch.no_grad():
+        predictions(counting, pipeline)
+    assert lengths == [17]
+
+
+@pytest.mark.parametrize("case", ["T5 embeddings that speak", "another attention processor"])
+def test_nothing_is_counted_where_counting_would_be_wrong(case, pipeline, counting, whole):
+    changed = {}
+    if case == "T5 embeddings that speak":
+        generator = torch.Generator().manual_seed(1)
+        changed["encoder_hidden_states"] = torch.randn(2, 272, 128, generator=generator, dtype=torch.float64)
+    else:
+        counting.set_attn_processor(JointAttnProcessor2_0())
+    with torch.no_grad():
+        assert torch.equal(predictions(counting, pipeline, **changed), predictions(whole, pipeline, **changed))
 
 
 def test_the_t5_encoder_says_nothing(pipeline):

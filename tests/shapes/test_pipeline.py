@@ -16,6 +16,7 @@ from trl_diffusion_pref.shapes import (
     prompts,
     random_scene,
     sample,
+    sample_base,
     summarize,
 )
 from trl_diffusion_pref.shapes.judge import CLEAN_DISTANCE
@@ -27,7 +28,7 @@ ASKED = (4 * prompts())[:64]
 
 @pytest.fixture(scope="module")
 def drawings() -> dict[str, list[Image.Image]]:
-    return {base: sample(load_pipeline(base), ASKED) for base in ("mixed", "filled_only")}
+    return {base: sample_base(base, ASKED) for base in ("mixed", "filled_only")}
 
 
 def test_the_weights_are_float16_safetensors_of_at_most_ten_megabytes():
@@ -89,6 +90,16 @@ def test_samples_depend_on_the_seed_and_not_on_the_batch(drawings):
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
     assert sample(pipeline, ASKED[:1], seed=1)[0].tobytes() != few[0].tobytes()
     assert type(pipeline.scheduler) is DDPMScheduler
+
+
+def test_a_base_s_pictures_are_drawn_once_and_are_each_caller_s_own(monkeypatch):
+    few = {"steps": 2, "seed": 5, "guidance_scale": 2.0}
+    expected = [image.tobytes() for image in sample(load_pipeline(), ASKED[:2], **few)]
+    first = sample_base("mixed", ASKED[:2], **few)
+    assert [image.tobytes() for image in first] == expected
+    first[0].putpixel((0, 0), (1, 2, 3))
+    monkeypatch.setattr("trl_diffusion_pref.shapes.pipeline.sample", lambda *arguments, **options: pytest.fail("drew"))
+    assert [image.tobytes() for image in sample_base("mixed", ASKED[:2], **few)] == expected
 
 
 def test_words_are_single_tokens_and_other_text_is_still_tokens():

@@ -7,7 +7,7 @@ Nothing in the package's trainers knows of it.
 from .drawing import COLOURS, IMAGE_SIZE, SHAPES, STYLES, Scene, draw, prompts, random_scene
 from .judge import Summary, Verdict, judge, summarize
 from .pairs import preference_pairs
-from .pipeline import load_pipeline, pipeline_folder, sample
+from .pipeline import load_pipeline, pipeline_folder, sample, sample_base
 from .report import comparison_picture, comparison_table
 
 
@@ -29,5 +29,6 @@ __all__ = [
     "prompts",
     "random_scene",
     "sample",
+    "sample_base",
     "summarize",
 ]

@@ -11,7 +11,6 @@ same VAE and text encoder and trains it on the mixture as a rectified flow (the 
 
 import argparse
 import json
-import math
 import string
 import time
 from collections.abc import Callable, Iterable
@@ -30,7 +29,6 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -42,14 +40,13 @@ from transformers import (
 
 from .drawing import IMAGE_SIZE, draw, prompts, random_scene
 from .pipeline import pipeline_folder
+from .silent_tokens import T5_TOKENS, CountedKey
 
 
 OUTLINED_SHARE = 0.15
 _EMBEDDING = 64
 _PROMPT_LENGTH = 16
 _PROMPT_DROPOUT = 0.1
-# What StableDiffusion3Pipeline takes of the T5 encoder: its max_sequence_length.
-_T5_TOKENS = 256
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -252,26 +249,6 @@ def train_denoiser(
     _minimise(loss_of_a_batch, parameters, steps, learning_rate, save_every=save_every, save=save)
 
 
-class CountedKey(TorchFunctionMode):
-    """Attention in which the last key counts as many.
-
-    Within it, the 256 zero vectors of the silent T5 encoder can be given as one: without positions they stay alike
-    through all layers, and training costs a quarter.
-    """
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.logarithm = math.log(count)
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is nn.functional.scaled_dot_product_attention:
-            query, keys = args[0], args[1].shape[-2]
-            mask = torch.tensor([0.0] * (keys - 1) + [self.logarithm], dtype=query.dtype)
-            kwargs = {**kwargs, "attn_mask": mask.expand(1, 1, 1, keys)}
-        return function(*args, **kwargs)
-
-
 def train_flow_denoiser(
     pipeline: StableDiffusion3Pipeline,
     outlined_share: float,
@@ -311,7 +288,7 @@ def train_flow_denoiser(
         ).sample
         return (prediction - (noise - latents[rows])).square().mean()
 
-    with CountedKey(_T5_TOKENS):
+    with CountedKey(T5_TOKENS):
         _minimise(loss_of_a_batch, list(pipeline.transformer.parameters()), steps, learning_rate)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import use_adapter
 
 
@@ -68,6 +68,14 @@ class Reference(ABC):
             parameter.data.copy_(stored[name])
 
 
+def _move(reference: Iterable[Tensor], trained: Iterable[Tensor], alpha: float) -> None:
+    """All tensors in one call: one by one, the calls take longer than the arithmetic of small models and LoRAs."""
+    reference = list(reference)
+    # A moving reference may be in float32 beside a trained model in half precision, and one call takes one dtype.
+    trained = [tensor.to(own.dtype) for own, tensor in zip(reference, trained, strict=True)]
+    get_ema_multi_avg_fn(1 - alpha)(reference, trained, None)
+
+
 class AdapterOff(Reference):
     """The base model under a new adapter: no second model."""
 
@@ -102,10 +110,12 @@ class FrozenAdapter(Reference):
         model.set_adapter(self.trained)
 
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for name, parameter in self.model.named_parameters():
+        # One walk: `get_parameter` for each would take several times as long as moving the weights.
+        parameters = dict(self.model.named_parameters())
+        for name, parameter in parameters.items():
             if f".{self.trained}." in name:
                 frozen = name.replace(f".{self.trained}.", f".{REFERENCE_ADAPTER}.")
-                yield frozen, self.model.get_parameter(frozen), parameter
+                yield frozen, parameters[frozen], parameter
 
     @contextmanager
     def _switched(self) -> Iterator[nn.Module]:
@@ -116,8 +126,8 @@ class FrozenAdapter(Reference):
         return {name: frozen for name, frozen, _ in self._pairs()}
 
     def move_towards(self, model: nn.Module, alpha: float) -> None:
-        for _, frozen, trained in self._pairs():
-            frozen.data.mul_(1 - alpha).add_(trained.data.to(frozen.dtype), alpha=alpha)
+        _, frozen, trained = zip(*self._pairs(), strict=True)
+        _move(frozen, trained, alpha)
 
 
 class FrozenModel(Reference):
@@ -140,7 +150,7 @@ class FrozenModel(Reference):
         return dict(self.module.named_parameters())
 
     def move_towards(self, model: nn.Module, alpha: float) -> None:
-        SyncRefModelCallback.sync_target_model(model, self.module, alpha)
+        _move(self.module.parameters(), model.parameters(), alpha)
 
 
 class MoveReference(TrainerCallback):
