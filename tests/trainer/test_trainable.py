@@ -1,13 +1,15 @@
 """What a trainer does to the pipeline that it is given, and that a refusal leaves it as it was."""
 
 import pytest
+import torch
 from conftest import build_tiny_pipeline, image_pairs, png
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
-from trl_diffusion_pref import MaPOTrainer
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOTrainer
 from trl_diffusion_pref.trainer.model_argument import hub_id
+from trl_diffusion_pref.trainer.references import REFERENCE_ADAPTER
 
 
 def lora(**options) -> LoraConfig:
@@ -87,3 +89,17 @@ def test_a_peft_model_is_what_is_trained_on(config, pairs):
     pipeline.unet = get_peft_model(pipeline.unet, lora())
     wrapper = pipeline.unet
     assert isinstance(wrapper, PeftModel) and MaPOTrainer(pipeline, config(), pairs).model is wrapper
+
+
+def test_the_frozen_copy_of_an_adapter_that_is_called_like_a_part_is_the_adapter_s(tmp_path, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet = get_peft_model(pipeline.unet, lora(), adapter_name="to_q")
+    config = DiffusionDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    reference = DiffusionDPOTrainer(pipeline, config, pairs).reference
+    parameters = dict(pipeline.unet.named_parameters())
+    kept = reference.parameters()
+    assert len(kept) == sum("lora_" in name and name.split(".")[-2] == "to_q" for name in parameters)
+    for name, frozen in kept.items():
+        layer, _, rest = name.rpartition(f".{REFERENCE_ADAPTER}.")
+        trained = parameters[f"{layer}.to_q.{rest}".removeprefix("base_model.model.")]
+        assert torch.equal(frozen, trained)

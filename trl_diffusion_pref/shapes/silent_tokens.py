@@ -62,7 +62,10 @@ def count_silent_tokens(transformer: SD3Transformer2DModel) -> None:
 
 def _shorten(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     embeddings = kwargs.get("encoder_hidden_states")
-    if embeddings is None or embeddings.shape[1] <= T5_TOKENS or torch.any(embeddings[:, -T5_TOKENS:]):
+    # Without values, as for a memory estimate, nobody knows that they are zero.
+    if embeddings is None or embeddings.is_meta or embeddings.shape[1] <= T5_TOKENS:
+        return None
+    if torch.any(embeddings[:, -T5_TOKENS:]):
         return None
     if not all(isinstance(processor, _CountingProcessor) for processor in transformer.attn_processors.values()):
         return None  # replaced since, by one that would not count
