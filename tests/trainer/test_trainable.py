@@ -8,7 +8,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOTrainer
-from trl_diffusion_pref.trainer.model_argument import hub_id
 from trl_diffusion_pref.trainer.references import REFERENCE_ADAPTER
 
 
@@ -66,22 +65,6 @@ def test_streams_are_not_read_by_workers(config, pairs):
     trainer = MaPOTrainer(build_tiny_pipeline(), config(dataloader_num_workers=2), pairs)
     with pytest.raises(ValueError, match=message):
         trainer.evaluate(stream)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("stabilityai/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
-        ("/folders/that/are/gone", None),
-        ("a/b/c", None),
-        (None, None),
-    ],
-)
-def test_a_folder_is_no_hub_id_also_when_it_is_gone(name, expected, tmp_path):
-    pipeline = build_tiny_pipeline()
-    pipeline.register_to_config(_name_or_path=name)
-    assert hub_id(pipeline) == expected
-    assert hub_id(str(tmp_path)) is None
 
 
 def test_a_peft_model_is_what_is_trained_on(config, pairs):

@@ -38,7 +38,7 @@ from .eval_datasets import all_datasets, for_each_dataset, named_datasets
 from .global_generators import restored_generators
 from .hooks import TrainerHooks
 from .metrics import IntervalMeans, gathered, joined
-from .model_argument import hub_id, load_pipeline
+from .model_argument import check_not_offloaded, hub_id, load_pipeline
 from .non_finite import NonFiniteLossError, non_finite_error, non_finite_losses, non_finite_weights
 from .published import fill_in
 from .row_tables import compute_for_rows
@@ -82,6 +82,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         self.pipeline = load_pipeline(model, args.model_init_kwargs)
         self.family = family_for(self.pipeline)
         self.family.check_complete(self.pipeline)
+        check_not_offloaded(self.pipeline)
         self.noise_process = self.make_noise_process(args)
         flow = isinstance(self.noise_process, RectifiedFlow)
         fill_in(args, self._name, self.family.pipeline_class, flow=flow)

@@ -4,9 +4,11 @@ import os
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 
 def load_pipeline(
@@ -22,6 +24,34 @@ def load_pipeline(
             raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
         return model
     return DiffusionPipeline.from_pretrained(model, **{"dtype": torch.float32, **(model_init_kwargs or {})})
+
+
+def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
+    """Refuses a pipeline whose parts are moved to and fro whenever they are called.
+
+    Raises:
+        ValueError: Names the parts.
+    """
+    parts = [
+        name
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and any(map(_offloads, component.modules()))
+    ]
+    if parts:
+        raise ValueError(
+            f"The pipeline offloads {', '.join(parts)} (enable_model_cpu_offload, enable_sequential_cpu_offload or "
+            "group offloading), which would move weights in the middle of training. Pass it without: load it anew, or "
+            "call pipeline.remove_all_hooks(). The encoders leave the accelerator before training starts anyway."
+        )
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    by_group = hasattr(module, "_diffusers_hook") and module._diffusers_hook.get_hook("group_offloading") is not None
+    return by_group or any(
+        isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks
+    )
 
 
 def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
