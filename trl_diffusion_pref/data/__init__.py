@@ -16,7 +16,7 @@ from .encoding import (
 from .noisy import NoisyPairs, corrupt_pairs, drop_prompts, pair_conditioning, pair_latents
 from .preparation import preparation_for
 from .prompts import PromptTable, cut_prompts, encode_prompt_table, text_fingerprint, truncation_report
-from .sizes import as_resolution
+from .resolution import as_resolution
 
 
 __all__ = [

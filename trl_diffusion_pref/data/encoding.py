@@ -23,7 +23,7 @@ from .cells import CellProblem, paths_outside
 from .columns import check_prompts, dataset_fingerprint, raise_row_problems
 from .preparation import Preparation, preparation_for
 from .prompts import truncation_report, without_truncation_messages
-from .sizes import Resolution
+from .resolution import Resolution
 from .space import check_space
 
 

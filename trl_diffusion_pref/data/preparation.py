@@ -14,7 +14,7 @@ from ..families import AudioFamily, Family, VideoFamily
 from .cells import check_kind, undecoded_feature
 from .clips import decode_clip
 from .images import ImageProblem, crop_top_left, decode_image, prepare_image
-from .sizes import Resolution
+from .resolution import Resolution
 from .waveforms import Waveform, decode_waveform, fit, mix, resample
 
 
