@@ -107,13 +107,15 @@ class _RowEncoder:
         *,
         with_prompts: bool,
         extra_columns: tuple[str, ...],
+        notes_file: Path | None = None,
     ) -> None:
         self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
         self.preparation = options.preparation(pipeline, family)
         self._reported_truncation = False
         # By kind, so that each is said once.
-        self.said: dict[str, str] = {}
+        self._said: dict[str, str] = {}
+        self._notes_file = notes_file
 
     def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
         check_prompts(batch["prompt"], rows, self.what)
@@ -158,9 +160,14 @@ class _RowEncoder:
 
     def _say_once(self, notes: list[tuple[str, str]]) -> None:
         for kind, text in notes:
-            if kind not in self.said:
-                self.said[kind] = text
+            if kind not in self._said:
+                self._said[kind] = text
                 logger.warning("%s: %s", self.what, text)
+                if self._notes_file is not None:
+                    # At once: the file of rows, which comes last, must not be there without it.
+                    unfinished = self._notes_file.with_suffix(".unfinished")
+                    unfinished.write_text(json.dumps(self._said))
+                    unfinished.replace(self._notes_file)
 
     def _prepare_row(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
         rng = np.random.default_rng([self.options.seed, row])
@@ -323,11 +330,16 @@ def encode_rows(
     # What the options leave to the pipeline is in its config, not in its weights.
     samples = [family.modality, preparation.shape, preparation.key, sorted(shapes.items())]
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used), samples])
-    encode = _RowEncoder(pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns)
     file = cache_folder / f"rows-{fingerprint}.arrow"
     check_space(file, len(dataset), shapes, f"{what}, encoded,")
+    notes = file.with_suffix(".json")
+    if file.exists() and notes.exists():
+        for text in json.loads(notes.read_text()).values():
+            say(f"{what}: {text}")
     encoded = undecoded.map(
-        encode,
+        _RowEncoder(
+            pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns, notes_file=notes
+        ),
         batched=True,
         with_indices=True,
         batch_size=batch_size,
@@ -337,14 +349,6 @@ def encode_rows(
         cache_file_name=str(file),
         desc=f"Encoding {what}",
     )
-    notes = file.with_suffix(".json")
-    if encode.said:
-        unfinished = notes.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(encode.said))
-        unfinished.replace(notes)
-    elif notes.is_file():
-        for text in json.loads(notes.read_text()).values():
-            say(f"{what}: {text}")
     return encoded.with_format("torch")
 
 
