@@ -45,9 +45,14 @@ def build(trainer_class, config_class, data, folder: str, **options):
 
 def self_npo_step(trainer, batch) -> float:
     """As `step`, with the teacher's update."""
-    taken, began = step(trainer, batch), time.perf_counter()
+    return step(trainer, batch) + update(trainer)
+
+
+def update(trainer) -> float:
+    """Seconds of one update of the moving teacher."""
+    began = time.perf_counter()
     trainer.teacher.move_towards(trainer.model, 1 - trainer.args.ema_decay)
-    return taken + time.perf_counter() - began
+    return time.perf_counter() - began
 
 
 def forward(trainer, batch) -> float:
@@ -76,14 +81,16 @@ def main() -> None:
             )
             for name, (k, scale) in RUNS.items()
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ("forward", "MaPO", *RUNS)}
+        seconds: dict[str, list[float]] = {name: [] for name in ("forward", "update", "MaPO", *RUNS)}
         for number in range(WARM_UP + STEPS):
-            taken = {"forward": forward(*next(iter(runs.values()))), "MaPO": step(*mapo)}
+            some, batch = next(iter(runs.values()))
+            taken = {"forward": forward(some, batch), "update": update(some), "MaPO": step(*mapo)}
             taken |= {name: self_npo_step(*built) for name, built in runs.items()}
             if number >= WARM_UP:
                 for name, value in taken.items():
                     seconds[name].append(value)
     unit = statistics.median(seconds["forward"])
+    moving = statistics.median(seconds["update"]) / unit
     mapo_forwards = statistics.median(seconds["MaPO"]) / unit
     lines = [
         "# Self-NPO's step in forwards of the denoiser",
@@ -92,8 +99,8 @@ def main() -> None:
         f"mean of {STEPS} steps taken in turns in one process. One forward is that of {BATCH_SIZE} samples; a MaPO "
         f"step on {BATCH_SIZE} pairs takes {mapo_forwards:.1f}. Implied: (K + 1) teacher evaluations, twice with "
         "guidance, and half a MaPO step. Less than implied is possible, because trajectories that reach their end "
-        "take fewer steps. The moving teacher's update, about 0.2 forwards of so small a model, is in the "
-        "measured step and not in what K implies; it weighs most where K is small.",
+        f"take fewer steps. The moving teacher's update, {moving:.2f} forwards of so small a "
+        "model, is in the measured step and not in what K implies; it weighs most where K is small.",
         "",
         "| run | forwards | implied by K | ratio | in MaPO steps |",
         "|---|---|---|---|---|",

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -100,6 +101,8 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
             check_gradient_checkpointing(args, self.family, base)
 
             self._metrics = IntervalMeans()
+            # By model: one of the weights that its dtype is asked of.
+            self._typical_weight: WeakKeyDictionary[nn.Module, nn.Parameter] = WeakKeyDictionary()
             self._writing_checkpoint = False
             self._pipeline_pushed = False
             encoded_train, encoded_eval = self._encode(args, train_dataset, eval_dataset)
@@ -419,8 +422,15 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
 
     def dtype_of(self, model: nn.Module) -> torch.dtype:
         """What a denoiser's weights are in now; a full half-precision evaluation and DeepSpeed cast them."""
-        model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return (model.get_base_model() if isinstance(model, PeftModel) else model).dtype
+        if model in self._typical_weight:
+            return self._typical_weight[model].dtype
+        inside = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        dtype = (inside.get_base_model() if isinstance(inside, PeftModel) else inside).dtype
+        if not self.shards_weights:
+            # A walk through all modules at each call takes longer than small models' kernels. Casting leaves the
+            # parameters the same objects, sharding does not.
+            self._typical_weight[model] = next(weight for weight in inside.parameters() if weight.dtype == dtype)
+        return dtype
 
     @property
     def _unwrapped(self) -> nn.Module:
