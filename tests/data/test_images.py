@@ -24,13 +24,20 @@ def test_pixels_are_scaled_to_minus_one_to_one():
     np.testing.assert_allclose(pixels[:, 0, 0].numpy(), [-1.0, 1.0, -0.6], atol=1e-6)
 
 
-@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_a_mirrored_rectangle_s_crop_is_told_as_if_the_picture_had_been_mirrored():
+    # 40 x 20 covers 24 x 16 from 32 x 16 on; 8 columns are cut, 2 of them at the left.
+    assert crop_top_left((40, 20), (16, 24), (0.25, 0.5), False) == (0, 2)
+    assert crop_top_left((40, 20), (16, 24), (0.25, 0.5), True) == (0, 6)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_animations_are_refused(format):
     buffer = io.BytesIO()
     frames = [Image.effect_noise((8, 8), 10.0 * (i + 1)).convert("RGB") for i in range(3)]
     frames[0].save(buffer, format=format, save_all=True, append_images=frames[1:])
-    with pytest.raises(ImageProblem, match="found an animation of 3 frames; choose one of them"):
-        decode_image({"bytes": buffer.getvalue(), "path": None})
+    for cell in ({"bytes": buffer.getvalue(), "path": None}, Image.open(buffer)):
+        with pytest.raises(ImageProblem, match="found an animation of 3 frames; choose one of them"):
+            decode_image(cell)
 
 
 def test_the_picture_of_a_phone_s_jpeg_is_its_first():

@@ -1,10 +1,12 @@
 """Sound as samples: decoding, bringing it to the pipeline's rate, channels and length, encoding."""
 
 import io
+import json
 import logging
 import math
 import sys
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
 
 import tiny  # noqa: E402
 
-from trl_diffusion_pref.data import EncodingOptions, encode_rows, latent_shape, preparation_for  # noqa: E402
+from trl_diffusion_pref.data import (  # noqa: E402
+    EncodingOptions,
+    encode_rows,
+    encoding,
+    latent_shape,
+    preparation_for,
+)
 from trl_diffusion_pref.data.cells import CellProblem  # noqa: E402
 from trl_diffusion_pref.data.waveforms import decode_waveform, fit, mix, resample  # noqa: E402
 from trl_diffusion_pref.families import family_for  # noqa: E402
@@ -169,6 +177,23 @@ def test_what_is_changed_about_sound_is_said_once_also_where_the_cache_has_it(st
     assert again == said
 
 
+def test_runs_that_encode_the_same_at_once_do_not_take_each_other_s_notes_away(tmp_path):
+    """Nodes that share a cache do."""
+    encoders = [encoding._RowEncoder.__new__(encoding._RowEncoder) for _ in range(2)]
+    for encoder in encoders:
+        encoder.what, encoder._notes_file = "train_dataset", tmp_path / "rows.json"
+
+    def write(encoder):
+        for number in range(100):
+            encoder._said = {}
+            encoder._say_once([("rate", f"sound {number}")])
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, encoders))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+    assert json.loads((tmp_path / "rows.json").read_text()) == {"rate": "sound 99"}
+
+
 def test_the_duration_of_shorter_sound_is_what_the_sampler_is_told(stable_audio, tmp_path):
     cells = [{"array": np.random.default_rng(seed).uniform(-1, 1, (2, 40)), "sampling_rate": 16} for seed in (0, 1)]
     dataset = Dataset.from_dict({"prompt": ["a"], "chosen": cells[:1], "rejected": cells[1:]})
@@ -264,6 +289,7 @@ IMAGE = PILImage.new("RGB", (4, 4))
         ({"array": np.zeros((9, 2)), "sampling_rate": 16}, "channels come first"),
         ({"array": [0.1, float("nan")], "sampling_rate": 16}, "NaN"),
         ({"array": [0.1, -32767.0], "sampling_rate": 16}, "samples up to 32767; divide by its full scale"),
+        ([[0.1, 0.2], [0.3, 0.4]], "a list is no sound;"),
         ([0.1, 0.2], "a list is no sound; pass a file, or an array with its sampling_rate"),
         ({"array": np.zeros(0), "sampling_rate": 16}, "no samples"),
         ({"bytes": wav(np.zeros((0, 1))), "path": None}, "no samples"),

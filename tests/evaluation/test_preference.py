@@ -21,6 +21,14 @@ def test_the_bootstrap_interval_is_the_binomial_s():
     assert bootstrap_interval(np.ones(10)) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("resolution", ["16x24", (16, 24)])
+def test_pairs_are_encoded_at_the_height_and_width_that_are_asked_for(resolution, tiny_pipeline, monkeypatch):
+    shapes, encode = set(), tiny_pipeline.vae.encode
+    monkeypatch.setattr(tiny_pipeline.vae, "encode", lambda pixels: shapes.add(pixels.shape[1:]) or encode(pixels))
+    preference_accuracy(tiny_pipeline, preference_pairs(2), draws=1, resolution=resolution)
+    assert shapes == {(3, 16, 24)}
+
+
 def test_a_model_against_itself_has_accuracy_one_half(tiny_pipeline):
     result = preference_accuracy(tiny_pipeline, preference_pairs(6), reference=build_tiny_pipeline(), draws=2)
     assert (result.accuracy, result.interval, result.count) == (0.5, (0.5, 0.5), 6)

@@ -223,6 +223,28 @@ def test_what_cannot_be_estimated_is_named():
         estimate_memory(load_pipeline(), config_of(MaPOConfig, optim="adafactor"))
 
 
+def test_a_frozen_reference_that_was_left_behind_is_not_trained(tmp_path):
+    pipeline, cfg = load_pipeline(), config_of(DiffusionDPOConfig, output_dir=str(tmp_path))
+    pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q"]))
+    before = estimate_memory(pipeline, cfg).trained_parameters
+    DiffusionDPOTrainer(pipeline, cfg, preference_pairs(2))
+    assert estimate_memory(pipeline, cfg).trained_parameters == before
+
+
+def test_a_denoiser_without_gradient_checkpointing_has_no_column_for_it(monkeypatch):
+    pipeline = load_pipeline()
+    monkeypatch.setattr(type(pipeline.unet), "_supports_gradient_checkpointing", False)
+    estimate = estimate_memory(pipeline, config_of(MaPOConfig))
+    assert estimate.total_with_checkpointing is None
+    assert estimate.total == estimate.total_without_checkpointing
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "stable_audio"])
+def test_clips_and_sound_are_refused(name):
+    with pytest.raises(TypeError, match="generates (clips|sound); memory can be estimated for images only"):
+        estimate_memory(tiny.build(name), config_of(MaPOConfig))
+
+
 def test_another_pipeline_class_in_a_folder_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(TypeError, match="KandinskyPipeline is not supported"):

@@ -37,7 +37,7 @@ def config(folder: Path, resolution: int | None) -> MaPOConfig:
     return MaPOConfig(output_dir=str(folder), use_cpu=True, resolution=resolution)
 
 
-@pytest.mark.parametrize("resolution", [None, 48])
+@pytest.mark.parametrize("resolution", [None, 48, (32, 48)])
 @every_image_family
 def test_latents_have_the_shape_of_encoded_images(name, resolution, tmp_path):
     pipeline = tiny.build(name)

@@ -44,5 +44,13 @@ def in_groups(module: torch.nn.Module) -> None:
 def test_a_pipeline_that_offloads_is_refused_by_part(offload, part, config, pairs):
     pipeline = build_tiny_pipeline()
     offload(getattr(pipeline, part))
-    with pytest.raises(ValueError, match=f"The pipeline offloads {part} .*remove_all_hooks"):
+    with pytest.raises(
+        ValueError, match=f"The pipeline offloads {part} .*but for group offloading, call pipeline.rem"
+    ):
         MaPOTrainer(pipeline, config(), pairs)
+    pipeline.remove_all_hooks()
+    if offload is in_groups:
+        with pytest.raises(ValueError, match=f"The pipeline offloads {part} "):
+            MaPOTrainer(pipeline, config(), pairs)
+    else:
+        MaPOTrainer(pipeline, config(), pairs).train()

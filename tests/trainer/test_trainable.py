@@ -1,13 +1,16 @@
 """What a trainer does to the pipeline that it is given, and that a refusal leaves it as it was."""
 
+import math
+
 import pytest
 import torch
 from conftest import build_tiny_pipeline, image_pairs, png
 from datasets import IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from transformers import TrainerCallback
 
-from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOTrainer
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, DivergenceError, MaPOTrainer
 from trl_diffusion_pref.trainer.references import REFERENCE_ADAPTER
 
 
@@ -86,3 +89,73 @@ def test_the_frozen_copy_of_an_adapter_that_is_called_like_a_part_is_the_adapter
         layer, _, rest = name.rpartition(f".{REFERENCE_ADAPTER}.")
         trained = parameters[f"{layer}.to_q.{rest}".removeprefix("base_model.model.")]
         assert torch.equal(frozen, trained)
+
+
+def test_modules_that_a_carried_adapter_trains_besides_are_in_its_frozen_copy(tmp_path, pairs):
+    """The loss starts at ln 2 with them as well."""
+    pipeline = build_tiny_pipeline()
+    carried = lora(target_modules=["to_q"], modules_to_save=["conv_out"], init_lora_weights=False)
+    pipeline.unet = get_peft_model(pipeline.unet, carried)
+    with torch.no_grad():
+        pipeline.unet.get_parameter("base_model.model.conv_out.modules_to_save.default.weight").mul_(1.5)
+    config = DiffusionDPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=1, logging_steps=1, save_strategy="no"
+    )
+    trainer = DiffusionDPOTrainer(pipeline, config, pairs)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_several_adapters_are_refused_before_anything_is_encoded(config, pairs, monkeypatch):
+    pipeline = build_tiny_pipeline()
+    for name in ("one", "two"):
+        pipeline.unet.add_adapter(lora(), adapter_name=name)
+    monkeypatch.setattr(pipeline.vae, "encode", lambda *args: pytest.fail("encoded"))
+    before = {name: parameter.requires_grad for name, parameter in pipeline.unet.named_parameters()}
+    with pytest.raises(ValueError, match=r"carries 2 adapters that can be found \(one, two\)"):
+        MaPOTrainer(pipeline, config(), pairs)
+    assert {name: parameter.requires_grad for name, parameter in pipeline.unet.named_parameters()} == before
+
+
+def test_weights_are_stored_in_a_dtype_that_is_not_computed_in(config, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    trainer = MaPOTrainer(pipeline, config(max_steps=1), pairs, peft_config=lora())
+    assert trainer.dtype_of(trainer.model) == torch.bfloat16
+    trainer.train()
+
+
+def test_a_model_that_is_cast_says_its_new_dtype(config, pairs):
+    trainer = MaPOTrainer(build_tiny_pipeline(), config(), pairs)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        trainer.model.to(dtype)
+        assert trainer.dtype_of(trainer.model) == dtype
+
+
+@pytest.mark.parametrize("stopped_by", [KeyboardInterrupt, DivergenceError])
+def test_a_run_that_is_stopped_leaves_no_dropout(stopped_by, config, pairs):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            assert model.training
+            raise stopped_by
+
+    trainer = MaPOTrainer(build_tiny_pipeline(), config(), pairs, callbacks=[Stop()])
+    with pytest.raises(stopped_by):
+        trainer.train()
+    assert not trainer.model.training
+
+
+def test_a_stream_s_encoders_have_no_dropout(config, pairs):
+    pipeline = build_tiny_pipeline()
+    pipeline.text_encoder.train()
+    MaPOTrainer(pipeline, config(), pairs.to_iterable_dataset())
+    assert not pipeline.text_encoder.training
+
+
+def test_rectangles_reach_the_denoiser_and_the_records(config, pairs):
+    trainer = MaPOTrainer(build_tiny_pipeline(), config(resolution="16x24", max_steps=1), pairs)
+    shapes = []
+    trainer.model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    trainer.train()
+    assert {tuple(shape[1:]) for shape in shapes} == {(4, 8, 12)}
+    assert trainer.sample_size(trainer.args) == [3, 16, 24]

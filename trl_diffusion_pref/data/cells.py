@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
+from numbers import Number
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -51,7 +52,10 @@ def kind_of(cell: Any) -> str | None:
     if isinstance(cell, PILImage.Image):
         return "image"
     if isinstance(cell, (list, tuple)):
-        return None if cell and isinstance(cell[0], (int, float)) else "video"
+        first = cell[0] if cell else None
+        while isinstance(first, (list, tuple)) and first:
+            first = first[0]
+        return None if isinstance(first, Number) else "video"
     if isinstance(cell, dict) and cell.get("array") is not None:
         return "audio"
     if not is_file(cell):

@@ -78,6 +78,8 @@ def _as_shown(image: Image.Image, display_matrix: bytes | None) -> Image.Image:
         return image
     a, b, _, c, d = struct.unpack("=9i", display_matrix)[:5]
     largest = max(map(abs, (a, b, c, d)))
+    if not largest:
+        return image
     # Angles are stored by their sines, rounded.
     if any(0.01 < abs(part) / largest < 0.99 for part in (a, b, c, d)):
         raise CellProblem("the video is shown rotated by less than a quarter turn, or skewed; encode it anew")

@@ -38,11 +38,11 @@ def decode_image(cell: Any) -> Image.Image:
     try:
         if not isinstance(cell, Image.Image):
             with open_cell(cell) as file, Image.open(file) as opened:
-                # Phones' JPEG (MPO) holds a preview or depth after the picture, which is no animation.
-                if opened.format in ("GIF", "PNG", "WEBP") and getattr(opened, "n_frames", 1) > 1:
-                    raise ImageProblem(f"found an animation of {opened.n_frames} frames; choose one of them")
+                _refuse_frames(opened)
                 opened.load()
                 cell = opened.copy()
+        else:
+            _refuse_frames(cell)
         return _to_rgb(ImageOps.exif_transpose(cell))
     except ImageProblem:
         raise
@@ -53,6 +53,13 @@ def decode_image(cell: Any) -> Image.Image:
     # Damaged files make PIL's decoders raise nearly anything, and all of it means the same to the caller.
     except Exception as error:
         raise ImageProblem(f"the image cannot be decoded ({error})") from error
+
+
+def _refuse_frames(image: Image.Image) -> None:
+    # Phones' JPEG (MPO) holds a preview or depth after the picture, which is no animation.
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":
+        raise ImageProblem(f"found an animation of {count} frames; choose one of them")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -85,7 +92,7 @@ def _placed(
 def crop_top_left(
     size: tuple[int, int], resolution: int | tuple[int, int], crop_at: tuple[float, float], flip: bool
 ) -> tuple[int, int]:
-    """Where `prepare_image` cuts the square, for models that are told.
+    """Where `prepare_image` cuts, for models that are told.
 
     Args:
         size: Width and height of the image before it is resized.

@@ -1,6 +1,8 @@
 """What `resolution` may be: a side, or a height and a width."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 
 Resolution = int | tuple[int, int] | None
@@ -18,14 +20,20 @@ def as_resolution(value: int | str | Sequence[int] | None) -> Resolution:
     parts = value
     if isinstance(value, str):
         parts = value.lower().split("x")
-    elif not isinstance(value, Sequence):
+    elif not isinstance(value, Sequence) or isinstance(value, bytes):
         parts = [value]
-    sides = [int(part) if isinstance(part, str) and part.strip().isdigit() else part for part in parts]
-    if value is not None and (
-        len(sides) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in sides)
-    ):
+    sides = [_side(part) for part in parts]
+    if value is not None and (len(sides) not in (1, 2) or None in sides):
         raise ValueError(
             f"resolution={value!r} is neither a positive number of pixels, such as 512, nor a height and a width, "
             'such as "768x1360".'
         )
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _side(part: Any) -> int | None:
+    """A positive number, or None."""
+    if isinstance(part, str) and part.strip().isdecimal():
+        part = int(part)
+    good = isinstance(part, Integral) and not isinstance(part, bool) and part > 0
+    return int(part) if good else None

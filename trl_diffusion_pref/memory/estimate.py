@@ -7,7 +7,9 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
+from ..families.base import model_inside
 from ..trainer.base_config import DiffusionPreferenceConfig
+from ..trainer.trainable import has_gradient_checkpointing
 from .held import bytes_of, count_of, optimizer_bytes, reference_of
 from .meta_modes import DEVICE_TYPES
 from .model import on_meta, trainable
@@ -121,10 +123,6 @@ def estimate_memory(
     if device_type not in DEVICE_TYPES:
         raise ValueError(f"device_type={device_type!r}: autocast is known here of {' and '.join(DEVICE_TYPES)}.")
     family, denoiser, sizes = on_meta(model, cfg)
-    if family.modality != "image":
-        raise TypeError(
-            f"{family.pipeline_class} generates {family.modality}; memory can be estimated for images only."
-        )
     denoiser = trainable(denoiser, family, peft_config)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     # A new adapter is switched off to give the reference, one that was trained before needs a frozen copy.
@@ -139,7 +137,8 @@ def estimate_memory(
         return weights + reference + optimizer_state + max(peak, gradients), activations
 
     total, activations = step(False)
-    total_checkpointed, activations_checkpointed = step(True) if family.gradient_checkpointing else (None, None)
+    can_checkpoint = family.gradient_checkpointing and has_gradient_checkpointing(model_inside(denoiser))
+    total_checkpointed, activations_checkpointed = step(True) if can_checkpoint else (None, None)
     parameters, trained_parameters = count_of(denoiser.parameters()), count_of(trained)
     precision = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({device_type})" if cfg.bf16 or cfg.fp16 else "no autocast"
     images = images_of(cfg)
@@ -155,7 +154,7 @@ def estimate_memory(
         activations_without_checkpointing=activations,
         total_with_checkpointing=total_checkpointed,
         total_without_checkpointing=total,
-        checkpointing=checkpointing and family.gradient_checkpointing,
+        checkpointing=checkpointing and can_checkpoint,
         conditions=(
             f"{family.pipeline_class}: {parameters / 1e6:,.1f} M parameters, {trained_parameters / 1e6:,.1f} M "
             f"trained,\nlatents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision}, "

@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from ..data.cells import GENERATED
 from ..families import Family, family_for, family_named
 from ..trainer.base_config import DiffusionPreferenceConfig
+from ..trainer.references import REFERENCE_ADAPTER
 from .sizes import Sizes, sizes_of
 
 
@@ -37,6 +39,7 @@ def on_meta(model: Any, cfg: DiffusionPreferenceConfig) -> tuple[Family, nn.Modu
     """The family, the denoiser without values, and the shapes that it is given, of what `estimate_memory` takes."""
     if isinstance(model, DiffusionPipeline):
         family = family_for(model)
+        _check_images(family)
         denoiser = family.denoiser(model)
         tokenizer = getattr(model, "tokenizer", None)
         length = getattr(tokenizer, "model_max_length", _CLIP_LENGTH)
@@ -63,6 +66,7 @@ def _from_configs(model: str | os.PathLike, cfg: DiffusionPreferenceConfig) -> t
     where = {name: options[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in options}
     index = DiffusionPipeline.load_config(model, **where)
     family = family_named(index["_class_name"])
+    _check_images(family)
     kind = getattr(diffusers, index[family.denoiser_name][1])
     with torch.device("meta"):
         denoiser = kind.from_config(kind.load_config(model, subfolder=family.denoiser_name, **where))
@@ -106,5 +110,14 @@ def trainable(denoiser: nn.Module, family: Family, peft_config: LoraConfig | Non
         with torch.device("meta"):
             return get_peft_model(denoiser, peft_config, low_cpu_mem_usage=True)
     for name, parameter in denoiser.named_parameters():
-        parameter.requires_grad_(not carried or "lora_" in name)
+        # An earlier trainer's frozen reference is not trained.
+        own = "lora_" in name and f".{REFERENCE_ADAPTER}." not in name
+        parameter.requires_grad_(not carried or own)
     return denoiser
+
+
+def _check_images(family: Family) -> None:
+    if family.modality != "image":
+        raise TypeError(
+            f"{family.pipeline_class} generates {GENERATED[family.modality]}; memory can be estimated for images only."
+        )

@@ -40,7 +40,7 @@ from .global_generators import restored_generators
 from .hooks import TrainerHooks
 from .metrics import IntervalMeans, gathered, joined
 from .model_argument import check_not_offloaded, hub_id, load_pipeline
-from .non_finite import NonFiniteLossError, non_finite_error, non_finite_losses, non_finite_weights
+from .non_finite import non_finite_error, non_finite_losses, non_finite_weights
 from .published import fill_in
 from .row_tables import compute_for_rows
 from .trainable import (
@@ -88,7 +88,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         flow = isinstance(self.noise_process, RectifiedFlow)
         fill_in(args, self._name, self.family.pipeline_class, flow=flow)
         args.check_filled_in()
-        # Whatever is refused from here on, the caller has the pipeline back as it was.
+        # Whatever is refused in here, the caller has the pipeline back as it was.
         with taken_out_of_peft_model(self.pipeline, self.family) as (base, wrapper):
             # Whether the model came with an adapter, which is trained on.
             self._adapter_before = carries_adapter(base)
@@ -97,7 +97,7 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
             self._rounded_fingerprints = rounded_fingerprints(base)
             check_same_base(Path(args.output_dir), self._base_fingerprint)
 
-            check_trainable(base, self.family, peft_config)
+            check_trainable(base, self.family, peft_config, wrapper)
             check_gradient_checkpointing(args, self.family, base)
 
             self._metrics = IntervalMeans()
@@ -217,16 +217,12 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
         try:
             with flush_denormals(self.args.device):
                 result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
-        except (DivergenceError, NonFiniteLossError, KeyboardInterrupt):
-            self._ready_to_sample()
-            raise
-        self._ready_to_sample()
-        return result
-
-    def _ready_to_sample(self) -> None:
-        """No dropout, and the pipeline's parts together on one device."""
-        self.model.eval()
+        finally:
+            # The pipeline is there to sample from, also where a run stopped: no dropout.
+            self.model.eval()
+        # Not after a stop, while gradients are still in memory.
         self._move_encoders(self.args.device)
+        return result
 
     def _undo_preparation_by_evaluation(self) -> None:
         """Lets training prepare the model again after an evaluation.
@@ -426,10 +422,11 @@ class DiffusionPreferenceTrainer(_BaseTrainer, TrainerHooks):
             return self._typical_weight[model].dtype
         inside = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         dtype = (inside.get_base_model() if isinstance(inside, PeftModel) else inside).dtype
-        if not self.shards_weights:
-            # A walk through all modules at each call takes longer than small models' kernels. Casting leaves the
-            # parameters the same objects, sharding does not.
-            self._typical_weight[model] = next(weight for weight in inside.parameters() if weight.dtype == dtype)
+        # A walk through all modules takes longer than small models' kernels. Casting leaves the parameters
+        # the same objects, sharding does not; under layerwise casting none has the dtype that is computed in.
+        weight = next((weight for weight in inside.parameters() if weight.dtype == dtype), None)
+        if weight is not None and not self.shards_weights:
+            self._typical_weight[model] = weight
         return dtype
 
     @property

@@ -23,7 +23,7 @@ from ..randomness import EVALUATION, REFERENCE, generator_for
 from .base_config import DiffusionPreferenceConfig
 from .diffusion_dpo_config import DiffusionDPOConfig
 from .divergence import DivergenceGuard
-from .model_argument import load_pipeline
+from .model_argument import check_not_offloaded, load_pipeline
 from .pairwise_trainer import PairwiseTrainer
 from .references import AdapterOff, FrozenAdapter, FrozenModel, Itself, MoveReference, Reference
 from .row_tables import load_or_compute
@@ -132,6 +132,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
         if isinstance(ref_model, (str, os.PathLike)):
             ref_model = load_pipeline(ref_model, self.args.model_init_kwargs)
         if isinstance(ref_model, DiffusionPipeline):
+            check_not_offloaded(ref_model)
             ref_model = self.family.denoiser(ref_model)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if ref_model is base or ref_model is self.model:

@@ -40,8 +40,9 @@ def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
     if parts:
         raise ValueError(
             f"The pipeline offloads {', '.join(parts)} (enable_model_cpu_offload, enable_sequential_cpu_offload or "
-            "group offloading), which would move weights in the middle of training. Pass it without: load it anew, or "
-            "call pipeline.remove_all_hooks(). The encoders leave the accelerator before training starts anyway."
+            "group offloading), which would move weights in the middle of training. Load it anew without, or, but for "
+            "group offloading, call pipeline.remove_all_hooks(). The encoders leave the accelerator before training "
+            "anyway."
         )
 
 
@@ -55,7 +56,7 @@ def _offloads(module: nn.Module) -> bool:
 
 
 def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
-    """The base's Hub id; None where it came from a local folder, also one that is gone by now."""
+    """The base's Hub id; None where it came from a local folder, or from a path that can be no id."""
     name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
     if not name or os.path.isdir(name):
         return None

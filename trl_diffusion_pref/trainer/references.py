@@ -113,10 +113,10 @@ class FrozenAdapter(Reference):
         # One walk: `get_parameter` for each would take several times as long as moving the weights.
         parameters = dict(self.model.named_parameters())
         for name, parameter in parameters.items():
-            # The last one: the model may have a part that is called like the adapter.
-            layer, found, rest = name.rpartition(f".{self.trained}.")
-            if found and layer.rpartition(".")[2].startswith("lora_"):
-                frozen = f"{layer}.{REFERENCE_ADAPTER}.{rest}"
+            # The last one, and only what has a copy: the model may have a part that is called like the adapter.
+            layer, found, rest = f"{name}.".rpartition(f".{self.trained}.")
+            frozen = f"{layer}.{REFERENCE_ADAPTER}.{rest}".rstrip(".")
+            if found and frozen in parameters:
                 yield frozen, parameters[frozen], parameter
 
     @contextmanager

@@ -49,12 +49,14 @@ def carries_adapter(module: nn.Module) -> bool:
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
-def check_trainable(base: nn.Module, family: Family, peft_config: LoraConfig | None) -> None:
+def check_trainable(
+    base: nn.Module, family: Family, peft_config: LoraConfig | None, wrapper: PeftModel | None
+) -> None:
     """Refuses what `make_trainable` could not do well, before anything is changed.
 
     Raises:
-        ValueError: A distilled denoiser, a second adapter, float16 weights for full training, or a LoRA that could
-            not be loaded.
+        ValueError: A distilled denoiser, a second adapter, several, float16 weights for full training, or a LoRA that
+            could not be loaded.
     """
     if base.config.get("time_cond_proj_dim") is not None:
         raise ValueError(
@@ -70,6 +72,11 @@ def check_trainable(base: nn.Module, family: Family, peft_config: LoraConfig | N
                 "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
                 "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
                 "and pipeline.unload_lora_weights())."
+            )
+        if wrapper is None and len(_injected(base)) != 1:
+            raise ValueError(
+                f"The pipeline's {family.denoiser_name} carries {len(_injected(base))} adapters that can be found "
+                f"({', '.join(_injected(base)) or 'none'}); exactly one can be trained. Unload the others."
             )
     elif peft_config is None and base.dtype == torch.float16:
         raise ValueError(
@@ -91,7 +98,7 @@ def make_trainable(
     Args:
         base: The pipeline's denoiser.
         peft_config: Of a new adapter.
-        wrapper: What the denoiser came in, see `take_out_of_peft_model`.
+        wrapper: What the denoiser came in, see `taken_out_of_peft_model`.
 
     Returns:
         The denoiser, or the PEFT model around it.
@@ -100,7 +107,7 @@ def make_trainable(
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
     if carries_adapter(base):
-        return _carried_adapter(base, family, wrapper)
+        return _carried_adapter(base, wrapper)
     if peft_config is not None:
         peft_config = copy.deepcopy(peft_config)
         if peft_config.target_modules is None:
@@ -114,19 +121,18 @@ def make_trainable(
     return base.requires_grad_(True)
 
 
-def _carried_adapter(base: nn.Module, family: Family, model: PeftModel | None) -> PeftModel:
+def _injected(base: nn.Module) -> list[str]:
+    """Adapters without a PEFT model around them. An earlier trainer's frozen reference is none to go on with."""
+    return [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
+
+
+def _carried_adapter(base: nn.Module, model: PeftModel | None) -> PeftModel:
     """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
     if model is None:
         # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
-        # An earlier trainer's frozen reference is no adapter to go on with.
-        names = [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
-        if len(names) != 1:
-            raise ValueError(
-                f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
-                f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
-            )
-        config = copy.deepcopy(base.peft_config[names[0]])
-        state_dict = get_peft_model_state_dict(base, adapter_name=names[0])
+        (name,) = _injected(base)
+        config = copy.deepcopy(base.peft_config[name])
+        state_dict = get_peft_model_state_dict(base, adapter_name=name)
         _remove_adapters(base)
         model = get_peft_model(base, config)
         set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
@@ -144,14 +150,18 @@ def _remove_adapters(denoiser: nn.Module) -> None:
     del denoiser.peft_config
 
 
+def has_gradient_checkpointing(base: nn.Module) -> bool:
+    """Whether a diffusers model has it at all, which it says under no public name."""
+    return getattr(base, "_supports_gradient_checkpointing", True)
+
+
 def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family, base: nn.Module) -> None:
     """Switches the default off where the family or its denoiser cannot do it, and refuses what was asked for.
 
     Raises:
         ValueError: Checkpointing was asked for.
     """
-    # diffusers' models say so themselves, under no public name.
-    has_it = getattr(base, "_supports_gradient_checkpointing", True)
+    has_it = has_gradient_checkpointing(base)
     if not (args.activation_checkpointing or args.gradient_checkpointing) or (
         family.gradient_checkpointing and has_it
     ):
@@ -171,7 +181,7 @@ def apply_gradient_checkpointing(base: nn.Module, args: DiffusionPreferenceConfi
     if args.activation_checkpointing or args.gradient_checkpointing:
         base.enable_gradient_checkpointing()
     elif base.is_gradient_checkpointing:
-        # From an earlier trainer on the same pipeline.
+        # From an earlier trainer on the same pipeline, or switched on by its owner: the config decides.
         base.disable_gradient_checkpointing()
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         setattr(args, name, False)
