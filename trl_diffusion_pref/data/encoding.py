@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -167,9 +167,9 @@ class _RowEncoder:
                 if self._notes_file is not None:
                     # At once: the file of rows, which comes last, must not be there without it.
                     # Its name is its own, since another run may be encoding the same.
-                    with NamedTemporaryFile("w", dir=self._notes_file.parent, delete=False) as unfinished:
-                        json.dump(self._said, unfinished)
-                    Path(unfinished.name).replace(self._notes_file)
+                    unfinished = self._notes_file.with_suffix(f".{uuid4().hex}")
+                    unfinished.write_text(json.dumps(self._said))
+                    unfinished.replace(self._notes_file)
 
     def _prepare_row(self, row: int, cells: tuple[Any, ...]) -> "_PreparedRow":
         rng = np.random.default_rng([self.options.seed, row])
