@@ -54,7 +54,7 @@ def test_a_precomputed_reference_is_found_by_a_second_trainer_on_the_same_pipeli
     pipeline = tiny.build(name)
     for _ in range(2):
         trainer = DiffusionDPOTrainer(pipeline, cfg, pairs)
-    assert trainer.text_fingerprint
+    assert trainer.prompt_table.encoded_with
 
 
 @clips_and_sound

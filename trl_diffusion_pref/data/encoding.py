@@ -101,8 +101,7 @@ class _RowEncoder:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
-        family: Family,
+        preparation: Preparation,
         options: EncodingOptions,
         what: str,
         *,
@@ -110,9 +109,9 @@ class _RowEncoder:
         extra_columns: tuple[str, ...],
         notes_file: Path | None = None,
     ) -> None:
-        self.pipeline, self.family, self.options, self.what = pipeline, family, options, what
+        self.preparation, self.options, self.what = preparation, options, what
+        self.pipeline, self.family = preparation.pipeline, preparation.family
         self.with_prompts, self.extra_columns = with_prompts, extra_columns
-        self.preparation = options.preparation(pipeline, family)
         self._reported_truncation = False
         # By kind, so that each is said once.
         self._said: dict[str, str] = {}
@@ -261,8 +260,11 @@ def latent_shape(
     Raises:
         ValueError: The pipeline cannot take samples of that size.
     """
-    shape = preparation_for(pipeline, family, resolution, num_frames).shape
-    mean, _ = family.encode_images(pipeline, torch.zeros(1, *shape))
+    return _latent_shape(preparation_for(pipeline, family, resolution, num_frames))
+
+
+def _latent_shape(preparation: Preparation) -> tuple[int, ...]:
+    mean, _ = preparation.family.encode_images(preparation.pipeline, torch.zeros(1, *preparation.shape))
     return tuple(mean.shape[1:])
 
 
@@ -273,15 +275,35 @@ def uncropped_conditioning(
     return preparation_for(pipeline, family, resolution, num_frames).uncropped_conditioning()
 
 
-def _image_shapes(pipeline: DiffusionPipeline, family: Family, options: EncodingOptions) -> dict[str, tuple[int, ...]]:
+def _image_shapes(preparation: Preparation, image_columns: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes of the columns that encoding makes of the image columns."""
-    if not options.image_columns:
+    if not image_columns:
         return {}
-    size = (options.resolution, options.num_frames)
-    shapes = dict.fromkeys(latent_columns(options.image_columns), latent_shape(pipeline, family, *size))
-    for name, tensor in uncropped_conditioning(pipeline, family, *size).items():
-        shapes |= {image_conditioning_prefix(column) + name: tuple(tensor.shape) for column in options.image_columns}
+    shapes = dict.fromkeys(latent_columns(image_columns), _latent_shape(preparation))
+    for name, tensor in preparation.uncropped_conditioning().items():
+        shapes |= {image_conditioning_prefix(column) + name: tuple(tensor.shape) for column in image_columns}
     return shapes
+
+
+def _encoded(
+    undecoded: Dataset | IterableDataset,
+    encode: _RowEncoder,
+    shapes: dict[str, tuple[int, ...]],
+    batch_size: int,
+    **caching: Any,
+) -> Dataset | IterableDataset:
+    """Rows with columns of these shapes; `caching` is for `Dataset.map`."""
+    extra = encode.extra_columns
+    encoded = undecoded.map(
+        encode,
+        batched=True,
+        with_indices=True,
+        batch_size=batch_size,
+        remove_columns=["prompt", *encode.options.image_columns, *extra],
+        features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra, "float32")),
+        **caching,
+    )
+    return encoded.with_format("torch")
 
 
 def encode_rows(
@@ -328,7 +350,7 @@ def encode_rows(
     content = [dataset_fingerprint(dataset), _file_stamps(undecoded, images), extra_columns]
     # Without random crops and flips the seed plays no part.
     used = options if options.crop == "random" or options.random_flip else replace(options, seed=0)
-    shapes = _image_shapes(pipeline, family, options)
+    shapes = _image_shapes(preparation, images)
     # What the options leave to the pipeline is in its config, not in its weights.
     samples = [family.modality, preparation.shape, preparation.key, sorted(shapes.items())]
     fingerprint = Hasher.hash([_ENCODING_VERSION, family.pipeline_class, content, encoders, asdict(used), samples])
@@ -338,20 +360,16 @@ def encode_rows(
     if file.exists() and notes.exists():
         for text in json.loads(notes.read_text()).values():
             say(f"{what}: {text}")
-    encoded = undecoded.map(
-        _RowEncoder(
-            pipeline, family, options, what, with_prompts=False, extra_columns=extra_columns, notes_file=notes
-        ),
-        batched=True,
-        with_indices=True,
-        batch_size=batch_size,
-        remove_columns=["prompt", *options.image_columns, *extra_columns],
-        features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
+    encode = _RowEncoder(preparation, options, what, with_prompts=False, extra_columns=extra_columns, notes_file=notes)
+    return _encoded(
+        undecoded,
+        encode,
+        shapes,
+        batch_size,
         new_fingerprint=fingerprint,
         cache_file_name=str(file),
         desc=f"Encoding {what}",
     )
-    return encoded.with_format("torch")
 
 
 def stream_rows(
@@ -368,16 +386,10 @@ def stream_rows(
 
     Rows carry their prompt's conditioning too, in columns that begin with `CONDITIONING_PREFIX`.
     """
-    shapes = _image_shapes(pipeline, family, options)
+    preparation = options.preparation(pipeline, family)
+    shapes = _image_shapes(preparation, options.image_columns)
     for name, tensor in family.encode_unconditional(pipeline).items():
         shapes[CONDITIONING_PREFIX + name] = tuple(tensor.shape[1:])
-    preparation = options.preparation(pipeline, family)
-    encoded = _undecoded(dataset, preparation, options.image_columns, extra_columns).map(
-        _RowEncoder(pipeline, family, options, what, with_prompts=True, extra_columns=extra_columns),
-        batched=True,
-        with_indices=True,
-        batch_size=batch_size,
-        remove_columns=["prompt", *options.image_columns, *extra_columns],
-        features=array_features(shapes, prompt="string", row="int64", **dict.fromkeys(extra_columns, "float32")),
-    )
-    return encoded.with_format("torch")
+    undecoded = _undecoded(dataset, preparation, options.image_columns, extra_columns)
+    encode = _RowEncoder(preparation, options, what, with_prompts=True, extra_columns=extra_columns)
+    return _encoded(undecoded, encode, shapes, batch_size)

@@ -38,11 +38,11 @@ def decode_image(cell: Any) -> Image.Image:
     try:
         if not isinstance(cell, Image.Image):
             with open_cell(cell) as file, Image.open(file) as opened:
-                _refuse_frames(opened)
+                _refuse_animation(opened)
                 opened.load()
                 cell = opened.copy()
         else:
-            _refuse_frames(cell)
+            _refuse_animation(cell)
         return _to_rgb(ImageOps.exif_transpose(cell))
     except ImageProblem:
         raise
@@ -55,7 +55,7 @@ def decode_image(cell: Any) -> Image.Image:
         raise ImageProblem(f"the image cannot be decoded ({error})") from error
 
 
-def _refuse_frames(image: Image.Image) -> None:
+def _refuse_animation(image: Image.Image) -> None:
     # Phones' JPEG (MPO) holds a preview or depth after the picture, which is no animation.
     count = getattr(image, "n_frames", 1)
     if count > 1 and image.format != "MPO":

@@ -34,9 +34,11 @@ class PromptTable:
 
     Args:
         dataset: One row per distinct prompt: `prompt` and one array column per named conditioning tensor.
+        encoded_with: `text_fingerprint` of what encoded them.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, encoded_with: str) -> None:
+        self.encoded_with = encoded_with
         self.names = [name for name in dataset.column_names if name != "prompt"]
         self._dataset = dataset.with_format("torch", columns=self.names)
         self._row = {prompt: row for row, prompt in enumerate(dataset["prompt"])}
@@ -50,7 +52,7 @@ class PromptTable:
     def add(self, other: "PromptTable") -> None:
         """Takes in another table's prompts, in place, so that whoever holds this one can look them up."""
         both = concatenate_datasets([self._dataset.with_format(None), other._dataset.with_format(None)])
-        self.__init__(both)
+        self.__init__(both, self.encoded_with)
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning tensors `(len(prompts), ...)` float32 on the CPU."""
@@ -121,7 +123,8 @@ def encode_prompt_table(
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
-    fingerprint = Hasher.hash([_PROMPTS_VERSION, text_fingerprint(pipeline, family), distinct])
+    encoded_with = text_fingerprint(pipeline, family)
+    fingerprint = Hasher.hash([_PROMPTS_VERSION, encoded_with, distinct])
 
     def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
         texts = [prompt for prompt in batch["prompt"] if prompt]
@@ -143,7 +146,7 @@ def encode_prompt_table(
             cache_file_name=str(file),
             desc="Encoding prompts",
         )
-    return PromptTable(table)
+    return PromptTable(table, encoded_with)
 
 
 def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Family) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -16,6 +15,7 @@ from ..data.cells import GENERATED
 from ..families import Family, family_for, family_named
 from ..trainer.base_config import DiffusionPreferenceConfig
 from ..trainer.references import REFERENCE_ADAPTER
+from ..trainer.trainable import carries_adapter, with_targets
 from .sizes import Sizes, sizes_of
 
 
@@ -99,12 +99,10 @@ def _meta_copy(module: nn.Module) -> nn.Module:
 
 def trainable(denoiser: nn.Module, family: Family, peft_config: LoraConfig | None) -> nn.Module:
     """With what the trainers train set to require gradients: a new adapter, one that it carries, or all of it."""
-    carried = any(isinstance(part, BaseTunerLayer) for part in denoiser.modules())
+    carried = carries_adapter(denoiser)
     denoiser.requires_grad_(False)
     if peft_config is not None:
-        peft_config = copy.deepcopy(peft_config)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = list(family.lora_target_modules)
+        peft_config = with_targets(peft_config, family)
         # How an adapter starts does not change its size, and some ways decompose the weights.
         peft_config.init_lora_weights = True
         with torch.device("meta"):

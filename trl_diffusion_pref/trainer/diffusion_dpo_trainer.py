@@ -193,7 +193,7 @@ class DiffusionDPOTrainer(PairwiseTrainer):
             "negative": self.args.negative,
             "weights": self._reference_fingerprint(),
             "data": dataset_fingerprint(dataset),
-            "prompts": self.text_fingerprint,
+            "prompts": self.prompt_table.encoded_with,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(training_times=True),
             "resolution": self.sample_size(self.args),

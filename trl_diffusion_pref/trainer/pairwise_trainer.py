@@ -148,7 +148,7 @@ class PairwiseTrainer(RowTrainer):
             "negative": self.args.negative,
             "weights": self._base_fingerprint,
             "data": dataset_fingerprint(dataset),
-            "prompts": self.text_fingerprint,
+            "prompts": self.prompt_table.encoded_with,
             "rows": len(dataset),
             "noise process": self.noise_process.describe(),
             "seed": self.args.seed,

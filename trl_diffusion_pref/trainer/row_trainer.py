@@ -18,7 +18,6 @@ from ..data import (
     latent_columns,
     preparation_for,
     stream_rows,
-    text_fingerprint,
     truncation_report,
 )
 from ..randomness import EVALUATION, TRAINING
@@ -35,8 +34,6 @@ class RowTrainer(DiffusionPreferenceTrainer):
 
     image_columns: tuple[str, ...] = ()
     prompt_table: PromptTable | None = None
-    # Of what prompts are encoded with, for numbers that are kept from one run to the next.
-    text_fingerprint: str = ""
     # Step, and how many of its samples have been drawn for, since the micro-batches of a step share its count.
     _drawn: tuple[int, int] = (-1, 0)
 
@@ -66,8 +63,6 @@ class RowTrainer(DiffusionPreferenceTrainer):
         )
         if self.prompt_table is None:
             self.prompt_table = table
-            # Only now: a pipeline may set up its tokenizers when it encodes, and a second trainer must find the same.
-            self.text_fingerprint = text_fingerprint(self.pipeline, self.family)
         else:
             self.prompt_table.add(table)
 

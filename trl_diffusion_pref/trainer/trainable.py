@@ -49,6 +49,14 @@ def carries_adapter(module: nn.Module) -> bool:
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
+def with_targets(peft_config: LoraConfig, family: Family) -> LoraConfig:
+    """A copy, with the family's target modules where it names none."""
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = list(family.lora_target_modules)
+    return peft_config
+
+
 def check_trainable(
     base: nn.Module, family: Family, peft_config: LoraConfig | None, wrapper: PeftModel | None
 ) -> None:
@@ -73,10 +81,11 @@ def check_trainable(
                 "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
                 "and pipeline.unload_lora_weights())."
             )
-        if wrapper is None and len(_injected(base)) != 1:
+        names = _injected(base)
+        if wrapper is None and len(names) != 1:
             raise ValueError(
-                f"The pipeline's {family.denoiser_name} carries {len(_injected(base))} adapters that can be found "
-                f"({', '.join(_injected(base)) or 'none'}); exactly one can be trained. Unload the others."
+                f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
+                f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
             )
     elif peft_config is None and base.dtype == torch.float16:
         raise ValueError(
@@ -109,10 +118,7 @@ def make_trainable(
     if carries_adapter(base):
         return _carried_adapter(base, wrapper)
     if peft_config is not None:
-        peft_config = copy.deepcopy(peft_config)
-        if peft_config.target_modules is None:
-            peft_config.target_modules = list(family.lora_target_modules)
-        return get_peft_model(base, peft_config)
+        return get_peft_model(base, with_targets(peft_config, family))
     if base.dtype == torch.bfloat16:
         logger.warning(
             f"Full fine-tuning of a bfloat16 {family.denoiser_name}: updates below 1/256 of a weight are "
