@@ -1,9 +1,9 @@
-"""How much held-out accuracies move with the seed of their noise, by how the noise is drawn and how far training is.
+"""How much held-out accuracies vary with the seed of their noise, by how noise is sampled and after how many steps.
 
     python benchmarks/accuracy_spread.py
 
-Accuracies of the `mixed` base and of models that MaPO tuned for a few steps, measured again and again on the same
-pairs with other seeds. Written to results/accuracy_spread.md and .json.
+Accuracies of the `mixed` base and of models that MaPO tuned for a few steps, measured repeatedly on the same pairs
+with other seeds. Written to results/accuracy_spread.md and .json.
 """
 
 import json

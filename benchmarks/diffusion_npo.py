@@ -3,7 +3,7 @@
     python benchmarks/diffusion_npo.py
 
 The negative models are LoRAs trained on pairs that prefer outlined shapes, with the preference inverted. The positive
-side is the embedded pipeline as it is.
+side is the embedded pipeline.
 """
 
 import tempfile
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def measure(pipeline, scale: float) -> tuple[np.ndarray, float, float]:
-    """Per picture, whether it is outlined; shares of clean pictures and of those as asked."""
+    """For each image, whether it is outlined; shares of clean images and of those as prompted."""
     asked = (SAMPLES // len(prompts()) + 1) * prompts()
     asked = asked[:SAMPLES]
     verdicts = judge(sample(pipeline, asked, guidance_scale=scale, batch_size=64))

@@ -1,9 +1,9 @@
-"""What fixing the reference's draws gives up: DPO with K precomputed draws per pair against a live reference.
+"""What precomputed reference errors cost in quality: DPO with K fixed noise samples per pair against a live reference.
 
     python benchmarks/reference_draws.py
 
-Same base, pairs, steps and learning rate; few pairs and many epochs, so that each fixed draw is used often. Written to
-results/reference_draws.md and .json.
+Same base, pairs, steps and learning rate; few pairs and many epochs, so that each noise sample is used often. Written
+to results/reference_draws.md and .json.
 """
 
 import json
@@ -34,7 +34,7 @@ def run(draws: int | None, seed: int) -> dict[str, float]:
             per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=32,
             reference="auto" if draws is None else "precomputed",
-            reference_draws=draws or 1,
+            reference_draws=draws or 8,
             divergence_guard="off",
             activation_checkpointing=False,
             save_strategy="no",

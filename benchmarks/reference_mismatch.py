@@ -1,4 +1,4 @@
-"""Reference mismatch at small scale: from a base that never saw the preferred style, which method learns it, how fast?
+"""Reference mismatch at small scale: which method learns a style that the base was never trained on, how fast?
 
     python benchmarks/reference_mismatch.py
 
@@ -41,7 +41,7 @@ METHODS = {
 
 
 class Sampler(TrainerCallback):
-    """Draws and judges pictures at given steps."""
+    """Generates and judges images at given steps."""
 
     def __init__(self, pipeline) -> None:
         self.pipeline, self.shares = pipeline, {}
@@ -80,7 +80,7 @@ def run(method: str, learning_rate: float, seed: int) -> dict:
 
 
 def table(runs: dict[str, dict]) -> str:
-    """Means over seeds, with the least and the greatest."""
+    """Means over seeds, with minimum and maximum."""
     lines = [
         "# Reference mismatch at small scale",
         "",

@@ -2,10 +2,10 @@
 
     python benchmarks/self_npo.py
 
-Quality is the share of clean pictures (`shapes.judge`: distance to the nearest picture that can be drawn at most
-0.08) and that distance; faithfulness is the share with the colour and the shape that the prompt asks. Every cell has
-the same prompts and seeds, so differences from plain guidance at the same scale are taken picture by picture; their
-intervals are bootstrapped over pictures. Finished cells are kept in results/self_npo.json and not repeated.
+Quality is the share of clean images (`shapes.judge`: distance to the nearest drawing at most 0.08) and that distance;
+faithfulness is the share with the colour and the shape of the prompt. Every cell has the same prompts and seeds, so
+differences from plain guidance at the same scale are computed image by image; their intervals are bootstrapped over
+images. Finished cells are kept in results/self_npo.json and not repeated.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def train_negative(base: StableDiffusionPipeline, options: dict) -> StableDiffus
 
 
 def measure(pipeline: StableDiffusionPipeline, scale: float) -> dict:
-    """Per picture: distance to the nearest drawing, and whether (1 or 0) colour and shape are as asked."""
+    """For each image: distance to the nearest drawing, and whether (1 or 0) colour and shape are as prompted."""
     asked = (SAMPLES // len(prompts()) + 1) * prompts()
     asked = asked[:SAMPLES]
     images = sample(pipeline, asked, guidance_scale=scale, steps=SAMPLING_STEPS, batch_size=64)
@@ -104,12 +104,12 @@ def measure(pipeline: StableDiffusionPipeline, scale: float) -> dict:
 
 
 def clean(cell: dict) -> np.ndarray:
-    """Per picture, 1 or 0."""
+    """For each image, 1 or 0."""
     return (np.array(cell["distance"]) <= CLEAN_DISTANCE).astype(float)
 
 
 def right(cell: dict) -> float:
-    """Share with colour and shape as asked."""
+    """Share with colour and shape as prompted."""
     return cell["right"].count("1") / len(cell["right"])
 
 

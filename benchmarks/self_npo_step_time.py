@@ -1,4 +1,4 @@
-"""What a Self-NPO step costs, in forwards of the denoiser, beside a MaPO step.
+"""What a Self-NPO step costs, in forward passes of the denoiser and compared with a MaPO step.
 
     python benchmarks/self_npo_step_time.py
 
@@ -17,8 +17,9 @@ from datasets import Dataset
 from step_time import step
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
+from trl_diffusion_pref.data import NoisyBatch
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs, prompts
-from trl_diffusion_pref.trainer.denormals import flush_denormals
+from trl_diffusion_pref.training.process_state import flush_denormals
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,11 +58,11 @@ def update(trainer) -> float:
 
 def forward(trainer, batch) -> float:
     """Seconds of one forward of a batch, as the teacher computes it."""
-    embeds = batch["conditioning/prompt_embeds"]
-    x = torch.randn(BATCH_SIZE, *trainer.latent_shape)
+    embeds = batch.prompts["prompt_embeds"]
+    x = torch.randn(BATCH_SIZE, *trainer.encoder.latent_shape)
     began = time.perf_counter()
     with torch.no_grad():
-        trainer.call(trainer.model, x, torch.full((BATCH_SIZE,), 500), {"prompt_embeds": embeds})
+        trainer.denoise(trainer.model, NoisyBatch(x, torch.full((BATCH_SIZE,), 500), x, {"prompt_embeds": embeds}))
     return time.perf_counter() - began
 
 
@@ -106,7 +107,7 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     for name, (k, scale) in RUNS.items():
-        # Steps differ in length with how many trajectories end, so the mean and not the median is the cost.
+        # A step's length depends on how many trajectories end, so the cost is the mean, not the median.
         own = statistics.fmean(seconds[name]) / unit
         implied = (k + 1) * (1 if scale in (0.0, 1.0) else 2) + mapo_forwards / 2
         lines.append(f"| {name} | {own:.1f} | {implied:.1f} | {own / implied:.2f} | {own / mapo_forwards:.2f} |")

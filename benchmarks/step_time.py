@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py
 
-All trainers are built first and take turns step by step in one process, so that the machine's moods hit all alike; the
-ratio is that of the median step. Written to results/step_time.md.
+All trainers are built first and take turns step by step in one process, so that changes in the machine's speed affect
+all of them equally; the ratio is that of the median step. Written to results/step_time.md.
 """
 
 import statistics
@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs
-from trl_diffusion_pref.trainer.denormals import flush_denormals
+from trl_diffusion_pref.training.process_state import flush_denormals
 
 
 RESULTS = Path(__file__).parent / "results"

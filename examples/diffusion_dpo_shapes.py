@@ -1,6 +1,6 @@
-"""Teaches the embedded pipeline to draw outlines with Diffusion-DPO, in a few minutes on two CPU cores.
+"""Trains the embedded pipeline with Diffusion-DPO to prefer outlined shapes, in a few minutes on two CPU cores.
 
-Watch the held-out accuracy: `eval_preference_accuracy` (gains over the base, with its interval) starts at one half.
+It also prints the held-out preference accuracy (`eval_preference_accuracy`), which is 50 % before training.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from trl_diffusion_pref.shapes import (
 
 def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", default="diffusion-dpo-shapes", help="where the tuned pipeline goes")
+    parser.add_argument("--output_dir", default="diffusion-dpo-shapes", help="folder for the tuned pipeline")
     parser.add_argument("--max_steps", type=int, default=80)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
-    parser.add_argument("--reference", default="auto", help="'precomputed' holds no second model")
+    parser.add_argument("--reference", default="auto", help="'precomputed' needs no second model in memory")
     options = parser.parse_args(argv)
 
     config = DiffusionDPOConfig(
@@ -44,16 +44,16 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.save_model()
     accuracy["after"] = trainer.evaluate()
 
-    asked = (4 * prompts())[:64]
-    pictures = {"before": sample_base("mixed", asked), "after": sample(trainer.pipeline, asked)}
-    print(comparison_table(pictures, asked, preferred_style="outlined"))
+    prompted = (4 * prompts())[:64]
+    images = {"before": sample_base("mixed", prompted), "after": sample(trainer.pipeline, prompted)}
+    print(comparison_table(images, prompted, preferred_style="outlined"))
     for name, metrics in accuracy.items():
         low, high = (metrics[f"eval_preference_accuracy_{end}"] for end in ("low", "high"))
         print(
             f"{name}: held-out preference accuracy {metrics['eval_preference_accuracy']:.0%} ({low:.0%} to {high:.0%})"
         )
-    print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
-    return {**pictures, "accuracy": accuracy}
+    print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")
+    return {**images, "accuracy": accuracy}
 
 
 if __name__ == "__main__":

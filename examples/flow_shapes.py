@@ -1,6 +1,6 @@
-"""Teaches the embedded flow pipeline to draw outlines, with MaPO or Flow-DPO, in a minute or two on two CPU cores.
+"""Trains the embedded flow pipeline with MaPO or Flow-DPO to prefer outlined shapes, in minutes on two CPU cores.
 
-The base is a rectified flow of Stable Diffusion 3's classes; the trainers find that out from its scheduler.
+The base is a rectified flow of Stable Diffusion 3's classes, which the trainers see from its scheduler.
 """
 
 import argparse
@@ -21,11 +21,13 @@ from trl_diffusion_pref.shapes import (
 def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["mapo", "dpo"], default="mapo")
-    parser.add_argument("--output_dir", default="flow-shapes", help="where the tuned pipeline goes")
+    parser.add_argument("--output_dir", default="flow-shapes", help="folder for the tuned pipeline")
     parser.add_argument("--max_steps", type=int, help="default: 25 for MaPO, 40 for DPO")
     parser.add_argument("--learning_rate", type=float, help="default: 1e-4 for MaPO, 2e-4 for DPO")
-    parser.add_argument("--beta", type=float, default=100.0, help="of DPO")
-    parser.add_argument("--sft_weight", type=float, default=1.0, help="of DPO; keeps colours at this learning rate")
+    parser.add_argument("--beta", type=float, default=100.0, help="DPO's beta")
+    parser.add_argument(
+        "--sft_weight", type=float, default=1.0, help="DPO's weight of the chosen error; keeps colours"
+    )
     options = parser.parse_args(argv)
 
     common = {
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
         "max_steps": options.max_steps or {"mapo": 25, "dpo": 40}[options.method],
         "learning_rate": options.learning_rate or {"mapo": 1e-4, "dpo": 2e-4}[options.method],
         "per_device_train_batch_size": 32,
-        # The base was trained on the means; its VAE's posterior is wide, and its noise would drown the preference.
+        # The base was trained on posterior means; the noise of its wide posterior would hide the preference.
         "latent_sampling": "mean",
         "activation_checkpointing": False,
         "save_strategy": "no",
@@ -50,11 +52,11 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.train()
     trainer.save_model()
 
-    asked = (4 * prompts())[:64]
-    pictures = {"before": sample_base("flow", asked), "after": sample(trainer.pipeline, asked)}
-    print(comparison_table(pictures, asked, preferred_style="outlined"))
-    print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
-    return pictures
+    prompted = (4 * prompts())[:64]
+    images = {"before": sample_base("flow", prompted), "after": sample(trainer.pipeline, prompted)}
+    print(comparison_table(images, prompted, preferred_style="outlined"))
+    print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")
+    return images
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Teaches the embedded pipeline to draw outlines with MaPO, in a minute or two on two CPU cores.
+"""Trains the embedded pipeline with MaPO to prefer outlined shapes, in a minute or two on two CPU cores.
 
-The base draws outlined shapes now and then; the preference pairs prefer them to filled ones.
+The base generates outlined shapes occasionally; the pairs prefer them to filled ones.
 """
 
 import argparse
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer
@@ -24,7 +24,7 @@ from trl_diffusion_pref.shapes import (
 
 def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", default="mapo-shapes", help="where the tuned pipeline goes")
+    parser.add_argument("--output_dir", default="mapo-shapes", help="folder for the tuned pipeline")
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
     options = parser.parse_args(argv)
@@ -42,15 +42,15 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.train()
     trainer.save_model()
 
-    tuned = load_pipeline() if options.lora else StableDiffusionPipeline.from_pretrained(options.output_dir)
+    tuned = load_pipeline() if options.lora else DiffusionPipeline.from_pretrained(options.output_dir)
     if options.lora:
         tuned.load_lora_weights(options.output_dir)
-    asked = (4 * prompts())[:64]
-    pictures = {"before": sample_base("mixed", asked), "after": sample(tuned, asked)}
-    print(comparison_table(pictures, asked, preferred_style="outlined"))
-    print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
+    prompted = (4 * prompts())[:64]
+    images = {"before": sample_base("mixed", prompted), "after": sample(tuned, prompted)}
+    print(comparison_table(images, prompted, preferred_style="outlined"))
+    print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")
     print(f"pipeline: {options.output_dir}")
-    return pictures
+    return images
 
 
 if __name__ == "__main__":

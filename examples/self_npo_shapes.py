@@ -1,6 +1,6 @@
-"""Trains a negative model of the embedded pipeline from prompts alone, and samples with it, on two CPU cores.
+"""Trains a negative model for the embedded pipeline from prompts alone, and samples with it, on two CPU cores.
 
-Three sets of pictures at the same seeds: plain guidance, the negative model by itself, and guidance with it.
+It compares three sets of images at the same seeds: plain guidance, the negative model by itself, and guidance with it.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from trl_diffusion_pref.shapes import (
 
 def main(argv: list[str] | None = None) -> dict[str, list]:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", default="self-npo-shapes", help="where the negative model goes")
+    parser.add_argument("--output_dir", default="self-npo-shapes", help="folder for the negative model")
     parser.add_argument("--max_steps", type=int, default=80)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--guidance_scale", type=float, default=5.0, help="of the pictures")
+    parser.add_argument("--guidance_scale", type=float, default=5.0, help="for sampling")
     parser.add_argument("--beta", type=float, default=0.5, help="strength of the negative model")
     parser.add_argument("--lora", action="store_true", help="train a LoRA instead of all weights")
     options = parser.parse_args(argv)
@@ -46,16 +46,16 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.train()
     trainer.save_model()
 
-    asked, pipeline, scale = (8 * prompts())[:64], load_pipeline(), options.guidance_scale
-    pictures = {
-        "plain": sample_base("mixed", asked, guidance_scale=scale),
-        "negative": sample(trainer.pipeline, asked, guidance_scale=1.0),
+    prompted, pipeline, scale = (8 * prompts())[:64], load_pipeline(), options.guidance_scale
+    images = {
+        "plain": sample_base("mixed", prompted, guidance_scale=scale),
+        "negative": sample(trainer.pipeline, prompted, guidance_scale=1.0),
     }
     with negative_guidance(pipeline, options.output_dir, beta=options.beta):
-        pictures["guided"] = sample(pipeline, asked, guidance_scale=scale)
-    print(comparison_table(pictures, asked, preferred_style="outlined"))
-    print(f"pictures: {comparison_picture(pictures, Path(options.output_dir) / 'before_after.png')}")
-    return pictures
+        images["guided"] = sample(pipeline, prompted, guidance_scale=scale)
+    print(comparison_table(images, prompted, preferred_style="outlined"))
+    print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")
+    return images
 
 
 if __name__ == "__main__":

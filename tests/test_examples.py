@@ -19,7 +19,7 @@ from trl_diffusion_pref.shapes import (
     sample_base,
     summarize,
 )
-from trl_diffusion_pref.trainer.divergence import DivergenceError
+from trl_diffusion_pref.training.divergence import DivergenceError
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

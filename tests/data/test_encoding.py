@@ -1,27 +1,21 @@
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import RESOLUTION, build_tiny_pipeline, image_pairs, png
 from datasets import Dataset
+from helpers.encoding import Rows, encode_rows, encoder_of
+from helpers.pipelines import RESOLUTION, build_tiny_pipeline, image_pairs, png
 from PIL import Image
 
-from trl_diffusion_pref.data import (
-    CONDITIONING_PREFIX,
-    EncodingOptions,
-    RowCollator,
-    encode_prompt_table,
-    encode_rows,
-    on_device,
-    stream_rows,
-)
+from trl_diffusion_pref.data import PAIRS, Collator, EncodingOptions, Layout, encode_prompt_table, on_device
 from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.shapes import preference_pairs
 
 
-def encode(dataset, pipeline, cache, **options) -> Dataset:
+def encode(dataset, pipeline, cache, **options) -> Rows:
     options = EncodingOptions(**{"resolution": RESOLUTION, **options})
     return encode_rows(
         dataset, pipeline, family_for(pipeline), options, what="train_dataset", cache_folder=cache, batch_size=3
@@ -130,7 +124,9 @@ def test_each_distinct_prompt_is_encoded_once(tiny_pipeline, tmp_path, monkeypat
     seen = []
     original = tiny_pipeline.encode_prompt
     monkeypatch.setattr(
-        tiny_pipeline, "encode_prompt", lambda batch, **options: (seen.extend(batch), original(batch, **options))[1]
+        tiny_pipeline,
+        "encode_prompt",
+        lambda batch, *device, **options: (seen.extend(batch), original(batch, *device, **options))[1],
     )
     table = encode_prompt_table(prompts, tiny_pipeline, family, cache_folder=tmp_path, batch_size=2)
     assert sorted(seen) == ["", "a blue square", "a red circle"]
@@ -213,20 +209,36 @@ def test_a_streamed_data_set_gives_the_same_batches(tiny_pipeline, tmp_path):
     dataset, family = preference_pairs(5), family_for(tiny_pipeline)
     stored = encode(dataset, tiny_pipeline, tmp_path)
     table = encode_prompt_table(dataset["prompt"], tiny_pipeline, family, cache_folder=tmp_path, batch_size=8)
-    streamed = stream_rows(
-        dataset.to_iterable_dataset(),
-        tiny_pipeline,
-        family,
-        EncodingOptions(resolution=RESOLUTION),
-        what="train_dataset",
-        batch_size=2,
+    options = EncodingOptions(resolution=RESOLUTION)
+    streamed = encode_rows(dataset.to_iterable_dataset(), tiny_pipeline, family, options, batch_size=2)
+    batch = Collator(table)([stored[i] for i in range(5)])
+    other = Collator(table)(list(streamed))
+    assert batch.keys() == other.keys() and batch["latents"].keys() == {"mean", "std"}
+    assert "prompt_embeds" in batch["prompts"]
+    torch.testing.assert_close(other, batch, rtol=1e-4, atol=1e-5)
+
+
+def test_all_bad_rows_are_named_in_one_run(tiny_pipeline, tmp_path, monkeypatch):
+    """Batches of three: rows 2 and 10 are in different ones, and no row is encoded after the first bad one."""
+    rows = [("a", png(noise_image(2 * i)), png(noise_image(2 * i + 1))) for i in range(12)]
+    rows[2] = ("a", None, png(noise_image(1)))
+    rows[10] = ("a", png(noise_image(1)), {"bytes": b"xx", "path": None})
+    calls = CountedCalls(monkeypatch, tiny_pipeline.vae, "encode")
+    with pytest.raises(ValueError, match="(?s)row 2, column 'chosen': the image is None.*row 10, column 'rejected'"):
+        encode(image_pairs(rows), tiny_pipeline, tmp_path)
+    assert calls.samples == 1
+    assert list(tmp_path.glob("*.arrow")) == []
+
+
+def test_a_condition_image_is_encoded_once_per_row(tiny_pipeline, tmp_path):
+    layout = Layout(samples=("chosen", "rejected"), conditions=("source",), scalars=("score",))
+    dataset = preference_pairs(3).map(lambda row, i: {"source": row["chosen"], "score": i / 2}, with_indices=True)
+    rows = encode_rows(
+        dataset, tiny_pipeline, family_for(tiny_pipeline), EncodingOptions(RESOLUTION), layout=layout, batch_size=2
     )
-    batch = RowCollator(table)([stored[i] for i in range(5)])
-    other = RowCollator(table)(list(streamed))
-    assert batch.keys() == other.keys()
-    assert CONDITIONING_PREFIX + "prompt_embeds" in batch
-    for name in batch:
-        torch.testing.assert_close(other[name], batch[name], rtol=1e-4, atol=1e-5)
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(row["condition/source"], row["chosen_mean"])
+        assert row["scalar/score"] == index / 2
 
 
 def test_encoders_go_back_where_they_were(tiny_pipeline):
@@ -234,3 +246,30 @@ def test_encoders_go_back_where_they_were(tiny_pipeline):
     with on_device(tiny_pipeline, family_for(tiny_pipeline), torch.device("cpu")):
         assert not tiny_pipeline.vae.training
     assert tiny_pipeline.vae.training and tiny_pipeline.vae.device.type == "cpu"
+
+
+def test_an_optional_column_that_is_absent_changes_no_key(tiny_pipeline, tmp_path, monkeypatch):
+    encode(preference_pairs(3), tiny_pipeline, tmp_path)
+    calls = CountedCalls(monkeypatch, tiny_pipeline.vae, "encode")
+    layout = replace(PAIRS, optional_scalars=("soft_label",))
+    options = EncodingOptions(resolution=RESOLUTION)
+    family = family_for(tiny_pipeline)
+    encode_rows(preference_pairs(3), tiny_pipeline, family, options, layout=layout, cache_folder=tmp_path)
+    assert calls.samples == 1, "only the latents' shape is asked for"
+
+
+def test_the_latents_shape_is_found_while_the_encoders_are_on_the_device(tiny_pipeline, tmp_path, monkeypatch):
+    """Also of rows without samples: on a CPU the VAE takes minutes for one video."""
+    family, device = family_for(tiny_pipeline), torch.device("cpu")
+    encoder = encoder_of(tiny_pipeline, family, EncodingOptions(), layout=Layout(), cache_folder=tmp_path)
+    encoder.encode_all(Dataset.from_dict({"prompt": ["a cat"]}), None, device)
+    monkeypatch.setattr(tiny_pipeline.vae, "encode", None)
+    assert encoder.latent_shape == (4, 8, 8)
+
+
+def test_encoders_stay_where_they_are_for_data_that_are_encoded(tiny_pipeline, tmp_path, monkeypatch):
+    family, device = family_for(tiny_pipeline), torch.device("cpu")
+    encoder = encoder_of(tiny_pipeline, family, EncodingOptions(RESOLUTION), cache_folder=tmp_path)
+    _, encoded = encoder.encode_all(None, {"a": preference_pairs(2)}, device)
+    monkeypatch.setattr(tiny_pipeline.text_encoder, "to", None)
+    assert encoder.encode_all(None, encoded, device) == (None, encoded)

@@ -6,16 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import tiny
 from tokenizers.normalizers import Lowercase, Replace, Sequence
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-
-import tiny  # noqa: E402
-
-from trl_diffusion_pref.data import encode_prompt_table, text_fingerprint  # noqa: E402
-from trl_diffusion_pref.families import family_for, pixart_sigma  # noqa: E402
-from trl_diffusion_pref.families.flux import FluxFamily  # noqa: E402
+from trl_diffusion_pref.data.prompts import encode_prompt_table, text_fingerprint
+from trl_diffusion_pref.families import family_for, pixart_sigma
+from trl_diffusion_pref.families.flux import FluxFamily
 
 
 PROMPTS = ["a red circle", "a blue ring"]

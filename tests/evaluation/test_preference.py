@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_pipeline
 from diffusers import DDPMPipeline
+from helpers.pipelines import build_tiny_pipeline
 
 from trl_diffusion_pref import MaPOTrainer
 from trl_diffusion_pref.evaluation import bootstrap_interval, preference_accuracy, wins

@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
+from trl_diffusion_pref.diffusion.noise import noise_process
 from trl_diffusion_pref.families import family_for
-from trl_diffusion_pref.noise import noise_process
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 120), (1, 1, 128), (2, 128)], ids=str)
@@ -15,12 +15,12 @@ def test_waveforms_of_another_size_are_refused(shape):
     family = family_for(pipeline)
     assert family.audio_size(pipeline) == (2, 128)
     with pytest.raises(ValueError, match=r"\(batch, 2, 128\), 8 s at 16 Hz, but got .*Resample"):
-        family.encode_images(pipeline, torch.zeros(shape))
+        family.encode_samples(pipeline, torch.zeros(shape))
 
 
 def test_sound_has_no_resolution():
     pipeline = tiny.build("stable_audio")
-    with pytest.raises(TypeError, match="generates sound"):
+    with pytest.raises(TypeError, match="generates audio"):
         family_for(pipeline).resolution(pipeline)
 
 

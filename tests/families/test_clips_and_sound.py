@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import tiny
-from test_training_contract import cache, lora_config, options, pairs, train  # noqa: F401
+from helpers import tiny
+from helpers.training_runs import cache, lora_config, options, pairs, train  # noqa: F401
 
 from trl_diffusion_pref import (
     DiffusionDPOConfig,
@@ -54,7 +54,7 @@ def test_a_precomputed_reference_is_found_by_a_second_trainer_on_the_same_pipeli
     pipeline = tiny.build(name)
     for _ in range(2):
         trainer = DiffusionDPOTrainer(pipeline, cfg, pairs)
-    assert trainer.prompt_table.encoded_with
+    assert trainer.encoder.prompts.encoded_with
 
 
 @clips_and_sound
@@ -65,7 +65,7 @@ def test_self_npo_names_the_column_that_the_pipeline_s_samples_are_in(name, pair
     wrong = pairs.remove_columns("rejected").rename_column("chosen", "image")
     with pytest.raises(ValueError, match=f"train_dataset lacks the column {modality}; found: prompt, image"):
         SelfNPOTrainer(pipeline, cfg, wrong)
-    with pytest.raises(ValueError, match="train_dataset lacks the column image; found: prompt, chosen"):
+    with pytest.raises(ValueError, match=f"train_dataset lacks the column {modality}; found: prompt, chosen"):
         SelfNPOTrainer(pipeline, cfg, pairs.remove_columns("rejected"))
 
 

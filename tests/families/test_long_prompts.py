@@ -3,13 +3,15 @@
 import logging
 
 import pytest
-import tiny
 import torch
-from conftest import image_pairs
+from helpers import tiny
+from helpers.encoding import encode_rows
+from helpers.pipelines import image_pairs
 from PIL import Image
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer
-from trl_diffusion_pref.data import EncodingOptions, cut_prompts, encode_prompt_table, stream_rows, truncation_report
+from trl_diffusion_pref.data import EncodingOptions
+from trl_diffusion_pref.data.prompts import cut_prompts, encode_prompt_table, truncation_report
 from trl_diffusion_pref.families import family_for
 
 
@@ -105,9 +107,7 @@ def test_the_data_set_s_long_prompts_are_named_in_one_line(long_pairs, tiny_pipe
 def test_a_stream_s_long_prompts_are_named_once(long_pairs, tiny_pipeline, caplog):
     said, family = Messages(tiny_pipeline), family_for(tiny_pipeline)
     options = EncodingOptions(resolution=16)
-    stream = stream_rows(
-        long_pairs.to_iterable_dataset(), tiny_pipeline, family, options, what="train_dataset", batch_size=1
-    )
+    stream = encode_rows(long_pairs.to_iterable_dataset(), tiny_pipeline, family, options, batch_size=1)
     assert len(list(stream)) == 3
     ours = [record.getMessage() for record in caplog.records if "distinct prompts" in record.getMessage()]
     assert len(ours) == 1 and ours[0].startswith("train_dataset is streamed")

@@ -1,15 +1,16 @@
 """Conditioning on an image's size and crop, from the data set to the denoiser. SDXL is the family that has it."""
 
 import pytest
-import tiny
 import torch
-from conftest import image_pairs, png
 from datasets import Dataset
+from helpers import tiny
+from helpers.encoding import encode_rows
+from helpers.pipelines import image_pairs, png
+from helpers.recorder import Recorder
 from PIL import Image
-from test_contract import Recorder
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
-from trl_diffusion_pref.data import EncodingOptions, RowCollator, encode_prompt_table, encode_rows, stream_rows
+from trl_diffusion_pref.data import Collator, EncodingOptions, encode_prompt_table
 from trl_diffusion_pref.evaluation import preference_accuracy
 from trl_diffusion_pref.families import family_for
 
@@ -60,12 +61,12 @@ def test_sizes_and_crops_of_both_images_reach_the_batch(streamed, rows, pipeline
     common = {"what": "train_dataset", "batch_size": 2}
     table = encode_prompt_table(rows["prompt"], pipeline, family, cache_folder=tmp_path, batch_size=2)
     if streamed:
-        encoded = list(stream_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
+        encoded = list(encode_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
     else:
         encoded = encode_rows(rows, pipeline, family, OPTIONS, cache_folder=tmp_path, **common)
-    batch = RowCollator(table)([encoded[0], encoded[1]])
-    assert batch["chosen_conditioning/time_ids"].tolist() == CHOSEN
-    assert batch["rejected_conditioning/time_ids"].tolist() == REJECTED
+    time_ids = Collator(table)([encoded[0], encoded[1]])["samples"]["time_ids"]
+    assert time_ids[:, 0].tolist() == CHOSEN
+    assert time_ids[:, 1].tolist() == REJECTED
 
 
 def test_families_without_it_store_nothing(rows, tiny_pipeline, tmp_path):
@@ -73,8 +74,7 @@ def test_families_without_it_store_nothing(rows, tiny_pipeline, tmp_path):
     encoded = encode_rows(
         rows, tiny_pipeline, family, OPTIONS, what="train_dataset", cache_folder=tmp_path, batch_size=2
     )
-    images = {f"{image}_{part}" for image in ("chosen", "rejected") for part in ("mean", "std")}
-    assert set(encoded.column_names) == {"prompt", "row", *images}
+    assert set(encoded.encoded.column_names) == {"prompt", "row", "latents/mean", "latents/std"}
 
 
 def time_ids(recorder: Recorder) -> list[list[float]]:
@@ -150,8 +150,8 @@ def test_a_guidance_embedding_reaches_stored_and_streamed_batches(rows, tmp_path
     family = family_for(pipeline)
     table = encode_prompt_table(rows["prompt"], pipeline, family, cache_folder=tmp_path, batch_size=2)
     common = {"what": "train_dataset", "batch_size": 2}
-    streamed = list(stream_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
+    streamed = list(encode_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
     stored = encode_rows(rows, pipeline, family, OPTIONS, cache_folder=tmp_path, **common)
     for encoded in (streamed, stored):
-        guidance = RowCollator(table)([encoded[0], encoded[1]])["conditioning/guidance"]
+        guidance = Collator(table)([encoded[0], encoded[1]])["prompts"]["guidance"]
         assert torch.equal(guidance, torch.ones(2)) and guidance.dtype == torch.float32

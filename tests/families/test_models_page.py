@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import tiny
-from conftest import build_tiny_pipeline
 from diffusers import StableDiffusionPAGPipeline
+from helpers import tiny
+from helpers.pipelines import build_tiny_pipeline
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, families
-from trl_diffusion_pref.data.cells import GENERATED
+from trl_diffusion_pref.data.decode.cell import GENERATED
 from trl_diffusion_pref.families import family_named, supported_pipelines
 from trl_diffusion_pref.shapes import preference_pairs
 

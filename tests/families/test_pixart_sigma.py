@@ -1,5 +1,5 @@
 import pytest
-import tiny
+from helpers import tiny
 
 from trl_diffusion_pref.families import family_for, pixart_sigma
 

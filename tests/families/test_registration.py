@@ -1,9 +1,9 @@
 """Families from outside the package, by a call or through an entry point."""
 
 import pytest
-import tiny
-from conftest import build_tiny_pipeline
 from diffusers import DDPMPipeline
+from helpers import tiny
+from helpers.pipelines import build_tiny_pipeline
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, families
 from trl_diffusion_pref.evaluation import preference_accuracy
@@ -88,7 +88,7 @@ def test_what_is_no_family_is_refused():
 def test_a_family_without_its_attributes_is_refused():
     class Bare(Family):
         pipeline_class = "DDPMPipeline"
-        encode_prompts = encode_images = predict = resolution = None
+        encode_prompts = encode_samples = decode_samples = predict = resolution = None
 
     with pytest.raises(TypeError, match="Bare does not set denoiser_name, encoder_names, lora_target_modules"):
         register_family(Bare())
@@ -161,3 +161,13 @@ def test_a_pipeline_that_says_no_factor_demands_none_of_its_sizes():
     family = family_for(pipeline)
     del pipeline.vae_scale_factor
     assert family.size_step(pipeline) == 1
+
+
+def test_a_pipeline_that_diffusers_lacks_is_missing_with_its_version(monkeypatch):
+    rows = [("WanPipeline", "0.37", "wan", "WanFamily"), ("NewPipeline", "9.9", "new", "NewFamily")]
+    known, missing = families._load_built_in(rows)
+    assert (list(known), missing) == (["WanPipeline"], {"NewPipeline": "9.9"})
+    monkeypatch.setattr(families, "_MISSING", missing)
+    assert "NewPipeline" not in supported_pipelines()
+    with pytest.raises(TypeError, match="NewPipeline needs diffusers >= 9.9, but .* is installed"):
+        families.family_named("NewPipeline")

@@ -1,9 +1,9 @@
 """Stable Audio's conditioning on durations, from the trainers to the denoiser, against its pipeline's own calls."""
 
-import tiny
 import torch
 from datasets import Dataset
-from test_contract import Recorder
+from helpers import tiny
+from helpers.recorder import Recorder
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
 
@@ -77,6 +77,4 @@ def test_a_second_trainer_says_again_what_the_cache_made_of_the_sounds(tmp_path,
         messages = [record.getMessage().removeprefix("[RANK 0] ") for record in caplog.records]
         said.append([message for message in messages if "silence" in message])
     assert said[0] == said[1]
-    assert said[0] == [
-        "train_dataset: sound of 2.5 s is followed by silence up to 8 s (first in row 0, column 'chosen')"
-    ]
+    assert said[0] == ["train_dataset: audio of 2.5 s is padded with silence to 8 s (first in row 0, column 'chosen')"]

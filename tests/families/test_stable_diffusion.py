@@ -1,11 +1,11 @@
 import pytest
-import tiny
 import torch
 from diffusers import DDPMPipeline, DiffusionPipeline
+from helpers import tiny
 from PIL import Image
 
+from trl_diffusion_pref.diffusion.noise import noise_process
 from trl_diffusion_pref.families import family_for, supported_pipelines
-from trl_diffusion_pref.noise import noise_process
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs
 
 
@@ -13,7 +13,7 @@ def test_encoded_latents_decode_to_the_vae_s_own_reconstruction():
     pipeline = load_pipeline()
     image = preference_pairs(1)[0]["chosen"]
     pixels = pipeline.image_processor.preprocess(image)
-    mean, std = family_for(pipeline).encode_images(pipeline, pixels)
+    mean, std = family_for(pipeline).encode_samples(pipeline, pixels)
     with torch.inference_mode():
         posterior = pipeline.vae.encode(pixels).latent_dist
         expected = pipeline.vae.decode(posterior.mean).sample

@@ -1,6 +1,6 @@
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
 from trl_diffusion_pref.families import family_for
 

@@ -3,15 +3,15 @@
 import logging
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 
-from trl_diffusion_pref.families import base, family_for
+from trl_diffusion_pref.families import autoencoders, family_for
 
 
 @pytest.fixture(autouse=True)
 def warn_anew():
-    base._warn_of_non_finite_latents.cache_clear()
+    autoencoders._warn_of_non_finite_values.cache_clear()
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_latents_that_overflow_in_float16_are_encoded_in_float32_and_named_once(
     with torch.no_grad():
         assert not vae.encode(pixels.half()).latent_dist.mean.isfinite().all()
     with caplog.at_level(logging.WARNING):
-        encoded = [base.encode_with_autoencoder_kl(vae, pixels) for _ in range(2)]
+        encoded = [autoencoders.encode_with_autoencoder_kl(vae, pixels) for _ in range(2)]
     assert [message[:25] for message in messages(caplog)] == ["AutoencoderKL in float16 "]
     # as it was, for the next batch and for sampling
     assert {tensor.dtype for tensor in vae.state_dict().values()} == {torch.float16}
-    expected = base.encode_with_autoencoder_kl(vae.float(), pixels)
+    expected = autoencoders.encode_with_autoencoder_kl(vae.float(), pixels)
     for mean, std in encoded:
         assert mean.dtype == std.dtype == torch.float32
         torch.testing.assert_close((mean, std), expected)
@@ -50,7 +50,7 @@ def test_finite_half_precision_latents_are_left_alone(pixels, caplog):
     vae = tiny.autoencoder_kl().to(torch.bfloat16)
     with torch.no_grad():
         expected = vae.encode(pixels.bfloat16()).latent_dist.mean.float() * vae.config.scaling_factor
-    assert torch.equal(base.encode_with_autoencoder_kl(vae, pixels)[0], expected)
+    assert torch.equal(autoencoders.encode_with_autoencoder_kl(vae, pixels)[0], expected)
     assert not messages(caplog)
 
 
@@ -61,7 +61,7 @@ def test_the_vae_of_stable_diffusion_xl_is_encoded_in_float32_where_its_config_s
     vae = pipeline.vae.half()
     if force_upcast:
         overflowing(vae)
-    mean, _ = family_for(pipeline).encode_images(pipeline, pixels)
+    mean, _ = family_for(pipeline).encode_samples(pipeline, pixels)
     assert vae.dtype == torch.float16
     assert not messages(caplog)
     used = vae.float() if force_upcast else vae
@@ -74,7 +74,7 @@ def test_the_vae_of_stable_diffusion_xl_is_encoded_in_float32_where_its_config_s
 def test_latents_that_are_not_finite_in_float32_either_are_handed_on(dtype, pixels):
     vae = tiny.autoencoder_kl().to(dtype)
     pixels[0, 0, 0, 0] = float("nan")
-    mean, _ = base.encode_with_autoencoder_kl(vae, pixels)
+    mean, _ = autoencoders.encode_with_autoencoder_kl(vae, pixels)
     # Of the first image only; the caller names the row.
     assert not mean[0].isfinite().all()
     assert mean[1].isfinite().all()
@@ -85,7 +85,7 @@ def test_other_autoencoders_are_retried_in_float32_too(pixels, caplog):
     for name in ("sana", "qwen_image"):
         pipeline = tiny.build(name)
         family = family_for(pipeline)
-        expected = family.encode_images(pipeline, pixels)
+        expected = family.encode_samples(pipeline, pixels)
         vae = pipeline.vae
         forward = vae.encode
 
@@ -98,6 +98,6 @@ def test_other_autoencoders_are_retried_in_float32_too(pixels, caplog):
 
         vae.encode = nan_in_half
         vae.half()
-        mean, _ = family.encode_images(pipeline, pixels)
+        mean, _ = family.encode_samples(pipeline, pixels)
         torch.testing.assert_close(mean, expected[0], rtol=1e-2, atol=1e-2)
         assert messages(caplog)[-1].startswith(f"{type(vae).__name__} in float16")

@@ -1,19 +1,15 @@
 """Guidance with a negative model in every kind of pipeline: those that batch both sides, and those that call twice."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
-
-import tiny  # noqa: E402
-
-from trl_diffusion_pref.guidance import add_negative_guidance, negative_guidance  # noqa: E402
-from trl_diffusion_pref.guidance.sources import denoiser_name  # noqa: E402
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.guidance import add_negative_guidance, negative_guidance
+from trl_diffusion_pref.guidance.sources import denoiser_name
 
 
 SCALE = 3.0
@@ -64,3 +60,24 @@ def test_the_model_s_own_weights_as_negative_change_nothing(name):
         torch.testing.assert_close(sample(pipeline, name, SCALE), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sample(pipeline, name, 1.0), off, rtol=0, atol=0)
     torch.testing.assert_close(sample(pipeline, name, SCALE), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_a_lora_file_equals_its_offset_in_whole_weights(name, tmp_path):
+    pipeline = tiny.build(name)
+    family = family_for(pipeline)
+    own = family.denoiser(pipeline)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=list(family.lora_target_modules), init_lora_weights=False)
+    trained = get_peft_model(copy.deepcopy(own), config)
+    tensors = {
+        key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(trained).items()
+    }
+    family.save_lora(pipeline, tmp_path, tensors, trained.peft_config["default"].to_dict())
+    plain = sample(pipeline, name, SCALE)
+    with negative_guidance(pipeline, trained.merge_and_unload()):
+        expected = sample(pipeline, name, SCALE)
+    with negative_guidance(pipeline, tmp_path):
+        guided = sample(pipeline, name, SCALE)
+    assert (guided - plain).abs().max() > 1e-3
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sample(pipeline, name, SCALE), plain, rtol=0, atol=0)

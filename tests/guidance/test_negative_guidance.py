@@ -1,18 +1,22 @@
 import copy
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
-from conftest import build_tiny_pipeline
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from helpers.pipelines import build_tiny_pipeline
+from helpers.tensor_memory import PeakMemory
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from tensor_memory import PeakMemory
 
+from trl_diffusion_pref import families
+from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_pref.guidance import add_negative_guidance, negative_guidance
 from trl_diffusion_pref.guidance.halves import join_halves, take_half
 
@@ -20,7 +24,7 @@ from trl_diffusion_pref.guidance.halves import join_halves, take_half
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
 
-def draw(pipeline, scale: float = 4.0, **options) -> np.ndarray:
+def generate(pipeline, scale: float = 4.0, **options) -> np.ndarray:
     options = {"num_inference_steps": 3, "guidance_scale": scale, "output_type": "np", **options}
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     return pipeline(PROMPTS, generator=generators, **options).images
@@ -61,6 +65,12 @@ def positive_lora(tmp_path_factory):
     return write_lora(tmp_path_factory.mktemp("positive"), seed=2, targets=("to_k", "to_v", "to_out.0"))
 
 
+def generate_with(lora) -> np.ndarray:
+    pipeline = build_tiny_pipeline()
+    pipeline.load_lora_weights(lora)
+    return generate(pipeline)
+
+
 def weights_with_lora(pipeline, *parts: tuple) -> dict[str, torch.Tensor]:
     """The UNet's weights with LoRAs added by hand: (folder, scale) each, `W + scale alpha / r B A`."""
     from safetensors import safe_open
@@ -77,7 +87,7 @@ def weights_with_lora(pipeline, *parts: tuple) -> dict[str, torch.Tensor]:
     return weights
 
 
-def reference_draw(positive: dict, negative: dict, scale: float = 4.0, **options) -> np.ndarray:
+def reference_images(positive: dict, negative: dict, scale: float = 4.0, **options) -> np.ndarray:
     """A sampler of two UNets, written out: the pipeline's own code with the guidance computed by hand."""
     pipeline = build_tiny_pipeline()
     pipeline.unet.load_state_dict(positive)
@@ -92,42 +102,42 @@ def reference_draw(positive: dict, negative: dict, scale: float = 4.0, **options
         return (torch.cat([neg, pos]),)
 
     pipeline.unet.forward = both
-    return draw(pipeline, scale, **options)
+    return generate(pipeline, scale, **options)
 
 
 @pytest.fixture(scope="module")
 def plain() -> np.ndarray:
-    return draw(build_tiny_pipeline())
+    return generate(build_tiny_pipeline())
 
 
 class TestIdentity:
     @pytest.mark.parametrize("scale", [1.0, 1.5, 7.5])
     def test_the_base_s_own_weights_as_negative_change_nothing(self, scale):
         pipeline = build_tiny_pipeline()
-        expected = draw(pipeline, scale)
+        expected = generate(pipeline, scale)
         with negative_guidance(pipeline, build_tiny_pipeline()):
-            np.testing.assert_allclose(draw(pipeline, scale), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(generate(pipeline, scale), expected, rtol=0, atol=1e-5)
 
     def test_a_lora_that_does_nothing_changes_nothing(self, tmp_path, plain):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, write_lora(tmp_path, size=0.0)):
-            np.testing.assert_allclose(draw(pipeline), plain, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(generate(pipeline), plain, rtol=0, atol=1e-5)
 
-    def test_the_positive_s_own_lora_as_negative_with_alpha_zero_changes_nothing(self, lora):
+    def test_the_positive_s_lora_as_negative_with_alpha_0_changes_nothing(self, lora):
         pipeline = build_tiny_pipeline()
         pipeline.load_lora_weights(lora)
-        expected = draw(pipeline)
-        assert np.abs(expected - draw(build_tiny_pipeline())).max() > 1e-2
+        expected = generate(pipeline)
+        assert np.abs(expected - generate(build_tiny_pipeline())).max() > 1e-2
         with negative_guidance(pipeline, lora, alpha=0.0):
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     def test_with_guidance_off_it_is_the_plain_pipeline(self, kind, lora):
         pipeline = build_tiny_pipeline()
-        expected = draw(pipeline, 1.0)
+        expected = generate(pipeline, 1.0)
         with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
-            np.testing.assert_array_equal(draw(pipeline, 1.0), expected)
-            assert np.abs(draw(pipeline, 4.0) - expected).max() > 1e-3
+            np.testing.assert_array_equal(generate(pipeline, 1.0), expected)
+            assert np.abs(generate(pipeline, 4.0) - expected).max() > 1e-3
 
 
 GRID = [(alpha, beta) for alpha in (0.0, 0.6, 1.0) for beta in (0.0, 0.6, 1.0)]
@@ -139,13 +149,13 @@ class TestMergedByHand:
     @pytest.mark.parametrize(("alpha", "beta"), GRID)
     def test_lora_positive_and_lora_negative(self, alpha, beta, lora, positive_lora):
         base = build_tiny_pipeline()
-        expected = reference_draw(
+        expected = reference_images(
             weights_with_lora(base, (positive_lora, 1.0)),
             weights_with_lora(base, (positive_lora, alpha), (lora, beta)),
         )
         base.load_lora_weights(positive_lora)
         with negative_guidance(base, lora, alpha, beta):
-            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(base), expected, rtol=0, atol=2e-5)
 
     @pytest.mark.parametrize(("alpha", "beta"), GRID)
     def test_fully_tuned_positive_and_full_negative(self, alpha, beta):
@@ -154,11 +164,11 @@ class TestMergedByHand:
             name: value + alpha * (positive.state_dict()[name] - value) + beta * (negative.state_dict()[name] - value)
             for name, value in theta.state_dict().items()
         }
-        expected = reference_draw(positive.state_dict(), merged)
+        expected = reference_images(positive.state_dict(), merged)
         pipeline = build_tiny_pipeline()
         pipeline.unet.load_state_dict(positive.state_dict())
         with negative_guidance(pipeline, negative, alpha, beta, base=build_tiny_pipeline()):
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=2e-5)
 
     @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.6), (0.6, 1.0)])
     def test_fully_tuned_positive_and_lora_negative(self, alpha, beta, lora):
@@ -168,11 +178,11 @@ class TestMergedByHand:
             name: value + alpha * (positive[name] - value) + delta[name] - value
             for name, value in pipeline.unet.state_dict().items()
         }
-        expected = reference_draw(positive, merged)
+        expected = reference_images(positive, merged)
         pipeline.unet.load_state_dict(positive)
         with negative_guidance(pipeline, lora, alpha, beta, base=build_tiny_pipeline()) as guided:
             assert (vars(guided.unet)["_negative_guidance"].second is None) == (alpha == 1.0)
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=2e-5)
 
     def test_lora_positive_and_full_negative(self, positive_lora):
         pipeline, negative = build_tiny_pipeline(), moved_unet(seed=4).state_dict()
@@ -180,29 +190,29 @@ class TestMergedByHand:
         merged = {
             name: scaled[name] + 0.5 * (negative[name] - value) for name, value in pipeline.unet.state_dict().items()
         }
-        expected = reference_draw(weights_with_lora(pipeline, (positive_lora, 1.0)), merged)
+        expected = reference_images(weights_with_lora(pipeline, (positive_lora, 1.0)), merged)
         pipeline.load_lora_weights(positive_lora)
         with negative_guidance(pipeline, moved_unet(seed=4), 0.6, 0.5):
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=2e-5)
 
     def test_the_user_s_adapter_scale_holds_on_both_sides(self, lora, positive_lora):
         base = build_tiny_pipeline()
-        expected = reference_draw(
+        expected = reference_images(
             weights_with_lora(base, (positive_lora, 0.7)),
             weights_with_lora(base, (positive_lora, 0.7 * 0.5), (lora, 1.0)),
         )
         base.load_lora_weights(positive_lora, adapter_name="mine")
         base.set_adapters(["mine"], [0.7])
         with negative_guidance(base, lora, alpha=0.5):
-            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(base), expected, rtol=0, atol=2e-5)
 
     def test_a_disabled_adapter_stays_off_on_both_sides(self, lora, positive_lora):
         base = build_tiny_pipeline()
-        expected = reference_draw(base.unet.state_dict(), weights_with_lora(base, (lora, 1.0)))
+        expected = reference_images(base.unet.state_dict(), weights_with_lora(base, (lora, 1.0)))
         base.load_lora_weights(positive_lora)
         base.disable_lora()
         with negative_guidance(base, lora):
-            np.testing.assert_allclose(draw(base), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(base), expected, rtol=0, atol=2e-5)
 
 
 def snapshot(pipeline) -> dict:
@@ -233,13 +243,13 @@ class TestLeaving:
             pipeline.set_adapters(["one", "two"], [0.3, 0.8])
         if positive == "disabled":
             pipeline.disable_lora()
-        before, images = snapshot(pipeline), draw(pipeline)
+        before, images = snapshot(pipeline), generate(pipeline)
         weights = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
         with negative_guidance(pipeline, lora if negative == "lora" else moved_unet(), 0.5, 0.5):
-            draw(pipeline)
+            generate(pipeline)
         assert snapshot(pipeline) == before
         assert all(torch.equal(weights[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
-        np.testing.assert_array_equal(draw(pipeline), images)
+        np.testing.assert_array_equal(generate(pipeline), images)
 
     def test_also_after_an_error_inside(self, lora):
         pipeline = build_tiny_pipeline()
@@ -251,21 +261,21 @@ class TestLeaving:
     def test_the_permanent_form_stays_until_it_is_removed(self, lora, plain):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, lora):
-            expected = draw(pipeline)
+            expected = generate(pipeline)
         guidance = add_negative_guidance(pipeline, lora)
-        np.testing.assert_array_equal(draw(pipeline), expected)
-        np.testing.assert_array_equal(draw(pipeline), expected)
+        np.testing.assert_array_equal(generate(pipeline), expected)
+        np.testing.assert_array_equal(generate(pipeline), expected)
         guidance.remove()
         guidance.remove()
-        np.testing.assert_array_equal(draw(pipeline), plain)
+        np.testing.assert_array_equal(generate(pipeline), plain)
 
     def test_offloading_switched_on_inside_survives(self, lora, plain):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, lora):
-            expected = draw(pipeline)
+            expected = generate(pipeline)
             cpu_offload_with_hook(pipeline.unet, execution_device="cpu")
-            np.testing.assert_array_equal(draw(pipeline), expected)
-        np.testing.assert_array_equal(draw(pipeline), plain)
+            np.testing.assert_array_equal(generate(pipeline), expected)
+        np.testing.assert_array_equal(generate(pipeline), plain)
         assert hasattr(pipeline.unet, "_hf_hook")
 
 
@@ -275,12 +285,12 @@ class TestThePipelineKeepsWorking:
         options = {"negative_prompt": ["a black star"] * 3, "guidance_rescale": 0.7}
         pipeline = build_tiny_pipeline()
         negative = weights_with_lora(pipeline, (lora, 1.0)) if kind == "lora" else moved_unet().state_dict()
-        expected = reference_draw(pipeline.unet.state_dict(), negative, **options)
+        expected = reference_images(pipeline.unet.state_dict(), negative, **options)
         with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
-            np.testing.assert_allclose(draw(pipeline, **options), expected, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(generate(pipeline, **options), expected, rtol=0, atol=2e-5)
             for scheduler in (DDIMScheduler, EulerDiscreteScheduler):
                 pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-                assert np.isfinite(draw(pipeline)).all()
+                assert np.isfinite(generate(pipeline)).all()
 
     def test_callbacks_see_each_step(self, lora):
         pipeline, steps = build_tiny_pipeline(), []
@@ -290,17 +300,17 @@ class TestThePipelineKeepsWorking:
             return values
 
         with negative_guidance(pipeline, lora):
-            draw(pipeline, callback_on_step_end=callback)
+            generate(pipeline, callback_on_step_end=callback)
         assert steps == [(step, (3, 4, 8, 8)) for step in range(3)]
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     def test_a_denoiser_that_is_kept_off_the_device(self, kind, lora):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
-            expected = draw(pipeline)
+            expected = generate(pipeline)
         cpu_offload_with_hook(pipeline.unet, execution_device="cpu")
         with negative_guidance(pipeline, lora if kind == "lora" else moved_unet()):
-            np.testing.assert_array_equal(draw(pipeline), expected)
+            np.testing.assert_array_equal(generate(pipeline), expected)
 
     def test_added_conditioning_is_split_too(self):
         sample = torch.arange(8.0).reshape(4, 2)
@@ -311,7 +321,7 @@ class TestThePipelineKeepsWorking:
             "image_rotary_emb": (torch.zeros(4, 2),) * 2,
             "return_dict": False,
         }
-        negative, positive = (take_half(kwargs, half, 4) for half in (0, 1))
+        negative, positive = (take_half(kwargs, half, 4, ("image_rotary_emb",)) for half in (0, 1))
         assert torch.equal(negative["added"]["ids"][1], sample[:2] + 1)
         assert torch.equal(positive["added"]["text"], sample[2:])
         assert positive["timestep"] == 3 and positive["lengths"] == [3, 4]
@@ -321,16 +331,16 @@ class TestThePipelineKeepsWorking:
     def test_a_lora_needs_no_second_denoiser_and_hardly_more_memory(self, lora):
         pipeline = build_tiny_pipeline()
         with PeakMemory(pipeline.unet) as plain:
-            draw(pipeline)
+            generate(pipeline)
         guidance = add_negative_guidance(pipeline, lora)
         with PeakMemory(pipeline.unet) as guided:
-            draw(pipeline)
+            generate(pipeline)
         assert guidance.second is None
         assert guided.peak <= 1.1 * plain.peak
         guidance.remove()
         guidance = add_negative_guidance(pipeline, moved_unet())
         with PeakMemory(pipeline.unet, guidance.second) as second:
-            draw(pipeline)
+            generate(pipeline)
         assert second.peak > 1.1 * plain.peak  # the measure sees a second model
 
 
@@ -353,7 +363,7 @@ class TestSources:
             for negative in group:
                 pipeline = build_tiny_pipeline()
                 with negative_guidance(pipeline, negative):
-                    images.append(draw(pipeline))
+                    images.append(generate(pipeline))
             for image in images[1:]:
                 np.testing.assert_allclose(image, images[0], rtol=0, atol=1e-6)
 
@@ -383,7 +393,41 @@ class TestSources:
             assert ("someone/base" in text and "mine/model" in text) == warned
 
 
-class TestRefusals:
+class TestMetadata:
+    @pytest.fixture
+    def changed(self, lora, tmp_path):
+        """The LoRA with other fields in its metadata."""
+        from safetensors import safe_open
+
+        def write(**fields):
+            with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as opened:
+                metadata = {**opened.metadata()}
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            config = json.loads(metadata["lora_adapter_metadata"])
+            config |= {f"unet.{key}": value for key, value in fields.items()}
+            metadata["lora_adapter_metadata"] = json.dumps(config)
+            save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors", metadata=metadata)
+            return tmp_path
+
+        return write
+
+    def test_fields_of_a_newer_peft_are_named_in_a_warning(self, lora, changed):
+        with negative_guidance(build_tiny_pipeline(), lora) as pipeline:
+            expected = generate(pipeline)
+        pipeline = build_tiny_pipeline()
+        with pytest.warns(UserWarning, match="invented_next_year"):
+            guidance = add_negative_guidance(pipeline, changed(invented_next_year=None))
+        np.testing.assert_array_equal(generate(pipeline), expected)
+        guidance.remove()
+
+    def test_dropout_of_the_training_does_not_act_while_sampling(self, lora, changed):
+        with negative_guidance(build_tiny_pipeline(), lora) as pipeline:
+            expected = generate(pipeline)
+        with negative_guidance(build_tiny_pipeline(), changed(lora_dropout=0.5)) as pipeline:
+            np.testing.assert_array_equal(generate(pipeline), expected)
+
+
+class TestErrors:
     def test_what_is_no_model(self):
         with pytest.raises(TypeError, match="negative is a int"):
             add_negative_guidance(build_tiny_pipeline(), 3)
@@ -467,23 +511,23 @@ class TestRefusals:
 
 
 class TestWhatUsersDoMeanwhile:
-    """Expected pictures are those of the same pipeline set up before the guidance, or of UNets merged by hand."""
+    """Expected images are those of the same pipeline set up before the guidance, or of UNets merged by hand."""
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     @pytest.mark.parametrize("when", ["before", "inside"])
-    def test_offloading_holds_picture_after_picture(self, kind, when, lora):
+    def test_offloading_holds_image_after_image(self, kind, when, lora):
         negative = lora if kind == "lora" else moved_unet()
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, negative):
-            expected = draw(pipeline)
+            expected = generate(pipeline)
         if when == "before":
             pipeline.enable_model_cpu_offload(device="cpu")
         with negative_guidance(pipeline, negative):
             if when == "inside":
                 pipeline.enable_model_cpu_offload(device="cpu")
             for _ in range(3):
-                np.testing.assert_array_equal(draw(pipeline), expected)
-        np.testing.assert_array_equal(draw(pipeline), draw(build_tiny_pipeline()))
+                np.testing.assert_array_equal(generate(pipeline), expected)
+        np.testing.assert_array_equal(generate(pipeline), generate(build_tiny_pipeline()))
 
     def test_scaling_and_switching_adapters(self, lora, positive_lora):
         pipeline, other = build_tiny_pipeline(), build_tiny_pipeline()
@@ -491,35 +535,50 @@ class TestWhatUsersDoMeanwhile:
         other.load_lora_weights(positive_lora, adapter_name="mine")
         other.set_adapters(["mine"], [0.2])
         with negative_guidance(other, lora):
-            expected = draw(other)
+            expected = generate(other)
         with negative_guidance(pipeline, lora):
-            draw(pipeline)
+            generate(pipeline)
             pipeline.set_adapters(["mine"], [0.2])
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=1e-5)
             pipeline.disable_lora()
-            off = draw(pipeline)
+            off = generate(pipeline)
         with negative_guidance(build_tiny_pipeline(), lora) as plain:
-            np.testing.assert_allclose(off, draw(plain), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(off, generate(plain), rtol=0, atol=1e-5)
+
+    def test_a_second_denoiser_follows_the_user_s_adapters(self, lora, positive_lora):
+        pipeline, other = build_tiny_pipeline(), build_tiny_pipeline()
+        for each in (pipeline, other):
+            each.load_lora_weights(positive_lora, adapter_name="mine")
+        other.set_adapters(["mine"], [0.2])
+        with negative_guidance(other, moved_unet()):
+            expected = generate(other)
+        with negative_guidance(pipeline, moved_unet()):
+            pipeline.set_adapters(["mine"], [0.2])
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=1e-5)
+            pipeline.load_lora_weights(lora, adapter_name="later")
+            pipeline.set_adapters(["mine", "later"])
+            with pytest.raises(RuntimeError, match="'later' was loaded after the guidance"):
+                generate(pipeline)
 
     def test_loading_an_adapter(self, lora, positive_lora):
         pipeline, other = build_tiny_pipeline(), build_tiny_pipeline()
         other.load_lora_weights(positive_lora, adapter_name="mine")
-        alone = draw(other)
+        alone = generate(other)
         with negative_guidance(other, lora):
-            expected = draw(other)
+            expected = generate(other)
         with negative_guidance(pipeline, lora):
-            draw(pipeline)
+            generate(pipeline)
             pipeline.load_lora_weights(positive_lora, adapter_name="mine")
-            np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=1e-5)
-        np.testing.assert_allclose(draw(pipeline), alone, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(generate(pipeline), alone, rtol=0, atol=1e-5)
 
     def test_unloading_all_adapters_is_an_error_and_not_plain_guidance(self, lora):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, lora):
             pipeline.unload_lora_weights()
             with pytest.raises(RuntimeError, match="was unloaded while its guidance was on"):
-                draw(pipeline)
-        np.testing.assert_array_equal(draw(pipeline), draw(build_tiny_pipeline()))
+                generate(pipeline)
+        np.testing.assert_array_equal(generate(pipeline), generate(build_tiny_pipeline()))
 
     @pytest.mark.parametrize("kind", ["lora", "full"])
     def test_an_adapter_of_theirs_called_negative_is_theirs(self, kind, lora, positive_lora):
@@ -527,32 +586,150 @@ class TestWhatUsersDoMeanwhile:
         for name in ("mine", "negative"):
             pipeline = build_tiny_pipeline()
             pipeline.load_lora_weights(positive_lora, adapter_name=name)
-            before = draw(pipeline)
+            before = generate(pipeline)
             with negative_guidance(pipeline, lora if kind == "lora" else moved_unet(), 0.5, 0.7):
-                images.append(draw(pipeline))
-            np.testing.assert_array_equal(draw(pipeline), before)
+                images.append(generate(pipeline))
+            np.testing.assert_array_equal(generate(pipeline), before)
         np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
 
     def test_another_precision(self):
         pipeline = build_tiny_pipeline()
         with negative_guidance(pipeline, moved_unet()):
             pipeline.to(torch.bfloat16)
-            assert np.isfinite(draw(pipeline)).all()
+            assert np.isfinite(generate(pipeline)).all()
 
     def test_a_denoiser_trained_in_place_keeps_its_own_adapter_alone(self, lora):
         from peft import get_peft_model
 
         pipeline = build_tiny_pipeline()
         model = get_peft_model(pipeline.unet, LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
-        expected = draw(pipeline)
+        expected = generate(pipeline)
         with negative_guidance(pipeline, lora):
-            assert np.abs(draw(pipeline) - expected).max() > 1e-3
-        np.testing.assert_array_equal(draw(pipeline), expected)
+            assert np.abs(generate(pipeline) - expected).max() > 1e-3
+        np.testing.assert_array_equal(generate(pipeline), expected)
         assert list(model.peft_config) == ["default"]
 
 
+class TestFusing:
+    @pytest.mark.parametrize("kind", ["lora", "full"])
+    def test_fusing_while_guided_is_an_error_until_unfused(self, kind, lora, positive_lora):
+        pipeline = build_tiny_pipeline()
+        pipeline.load_lora_weights(positive_lora)
+        with negative_guidance(pipeline, lora if kind == "lora" else moved_unet(), 0.5):
+            expected = generate(pipeline)
+            pipeline.fuse_lora()
+            with pytest.raises(ValueError, match="LoRA is fused"):
+                generate(pipeline)
+            pipeline.unfuse_lora()
+            np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=1e-5)
+            pipeline.fuse_lora()
+        pipeline.unfuse_lora()
+        np.testing.assert_allclose(generate(pipeline), generate_with(positive_lora), rtol=0, atol=1e-5)
+
+
+class TestStrength:
+    def test_setting_alpha_and_beta_acts_on_the_next_image(self, lora, positive_lora):
+        def start():
+            pipeline = build_tiny_pipeline()
+            pipeline.load_lora_weights(positive_lora)
+            return pipeline
+
+        with negative_guidance(start(), lora, 0.3, 0.6) as pipeline:
+            expected = generate(pipeline)
+        pipeline = start()
+        guidance = add_negative_guidance(pipeline, lora)
+        assert np.abs(generate(pipeline) - expected).max() > 1e-3
+        guidance.alpha, guidance.beta = 0.3, 0.6
+        np.testing.assert_array_equal(generate(pipeline), expected)
+        with pytest.raises(ValueError, match=r"beta=-1.*a number from 0 on"):
+            guidance.beta = -1.0
+
+    def test_setting_a_merged_strength_says_what_to_do(self, lora):
+        guidance = add_negative_guidance(build_tiny_pipeline(), moved_unet())
+        with pytest.raises(AttributeError, match=r"beta is part of merged weights.*beta=0.5"):
+            guidance.beta = 0.5
+        guidance.alpha = 0.5  # scales LoRAs alone
+        guidance = add_negative_guidance(build_tiny_pipeline(), lora, base=build_tiny_pipeline())
+        with pytest.raises(AttributeError, match="alpha is part of merged weights"):
+            guidance.alpha = 0.5
+        guidance.beta = 0.5
+        assert guidance.beta == 0.5 and guidance.alpha == 1.0
+
+
+class TestThreads:
+    @pytest.mark.parametrize("kind", ["batched", "separate"])
+    def test_two_threads_generate_the_images_that_each_generates_alone(self, kind, lora):
+        pipeline = build_tiny_pipeline()
+        unet = pipeline.unet
+        embeddings = [torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+        @contextmanager
+        def cache_context(name):
+            yield
+
+        if kind == "separate":
+            unet.cache_context = cache_context
+
+        def predict(seed):
+            """What a pipeline does in its steps, with a prompt of its own."""
+            states, results = embeddings[seed], []
+            for step in range(20):
+                sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1000 * seed + step))
+                with torch.no_grad():
+                    if kind == "batched":
+                        results.append(unet(torch.cat([sample] * 2), 5, states, return_dict=False)[0])
+                        continue
+                    for row, name in enumerate(("uncond", "cond")):
+                        with unet.cache_context(name):
+                            results.append(unet(sample, 5, states[row : row + 1], return_dict=False)[0])
+            return torch.cat(results)
+
+        with negative_guidance(pipeline, lora, batches_both_sides=kind == "batched"):
+            expected = [predict(seed) for seed in range(2)]
+            with ThreadPoolExecutor(2) as pool:
+                together = list(pool.map(predict, range(2)))
+        for one, other in zip(together, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+    def test_a_guided_denoiser_cannot_be_copied(self, lora):
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora), pytest.raises(TypeError, match="Call remove"):
+            copy.deepcopy(pipeline.unet)
+
+
+class TestSharedDenoiser:
+    @pytest.mark.parametrize("scale", [1.0, 4.0])
+    def test_another_pipeline_is_guided_by_its_own_scale(self, scale, lora):
+        """Whatever the guided pipeline generated last, and with latents that are the same for all samples."""
+
+        def two_images(pipeline, scale, latents):
+            options = {"num_inference_steps": 2, "output_type": "np", "latents": latents.repeat(2, 1, 1, 1)}
+            generator = torch.Generator().manual_seed(0)
+            return pipeline(PROMPTS[:2], guidance_scale=scale, generator=generator, **options).images
+
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        pipeline = build_tiny_pipeline()
+        with negative_guidance(pipeline, lora):
+            expected = two_images(pipeline, scale, latents)
+            other = StableDiffusionPipeline(**pipeline.components, requires_safety_checker=False)
+            other.set_progress_bar_config(disable=True)
+            for last in (1.0, 4.0):
+                two_images(pipeline, last, latents)
+                np.testing.assert_array_equal(two_images(other, scale, latents), expected)
+
+    def test_another_pipeline_of_an_unknown_class_is_an_error(self, lora):
+        class MyPipeline(StableDiffusionPipeline):
+            pass
+
+        pipeline = build_tiny_pipeline()
+        other = MyPipeline(**pipeline.components, requires_safety_checker=False)
+        with negative_guidance(pipeline, lora), pytest.raises(RuntimeError, match="A MyPipeline shares the denoiser"):
+            generate(other)
+        generate(other)
+
+
 class TestWrapped:
-    def test_a_wrapped_denoiser_is_refused_by_name_and_left_alone(self, lora):
+    def test_a_wrapped_denoiser_raises_and_is_left_alone(self, lora):
         from peft import get_peft_model
 
         pipeline = build_tiny_pipeline()
@@ -577,17 +754,17 @@ class TestWrapped:
                     0.3 * 6 / 2 * layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
                 )
         pipeline = build_tiny_pipeline()
-        expected = reference_draw(pipeline.unet.state_dict(), merged)
+        expected = reference_images(pipeline.unet.state_dict(), merged)
         for negative in (model, source):
             with negative_guidance(pipeline, negative):
-                np.testing.assert_allclose(draw(pipeline), expected, rtol=0, atol=2e-5)
+                np.testing.assert_allclose(generate(pipeline), expected, rtol=0, atol=2e-5)
         model.disable_adapter_layers()
         with pytest.raises(ValueError, match="switched off"):
             add_negative_guidance(pipeline, model)
 
 
 class TestPipelinesThatAreNotKnown:
-    def test_they_are_refused_by_name_unless_told_how_they_call(self, lora):
+    def test_they_raise_unless_batches_both_sides_is_passed(self, lora):
         class MyPipeline(StableDiffusionPipeline):
             pass
 
@@ -596,9 +773,25 @@ class TestPipelinesThatAreNotKnown:
         with pytest.raises(ValueError, match=r"MyPipeline calls its denoiser.*batches_both_sides"):
             add_negative_guidance(pipeline, lora)
         with negative_guidance(build_tiny_pipeline(), lora) as known:
-            expected = draw(known)
+            expected = generate(known)
         with negative_guidance(pipeline, lora, batches_both_sides=True):
-            np.testing.assert_array_equal(draw(pipeline), expected)
+            np.testing.assert_array_equal(generate(pipeline), expected)
+
+    def test_a_family_from_outside_brings_its_layout(self, lora, monkeypatch):
+        class OutsidePipeline(StableDiffusionPipeline):
+            pass
+
+        class OutsideFamily(StableDiffusionFamily):
+            pipeline_class = "OutsidePipeline"
+            guided_pipelines = ()
+
+        with negative_guidance(build_tiny_pipeline(), lora) as known:
+            expected = generate(known)
+        monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+        families.register_family(OutsideFamily())
+        pipeline = OutsidePipeline(**build_tiny_pipeline().components, requires_safety_checker=False)
+        with negative_guidance(pipeline, lora):
+            np.testing.assert_array_equal(generate(pipeline), expected)
 
     def test_image_to_image(self, lora):
         from diffusers import StableDiffusionImg2ImgPipeline
@@ -630,13 +823,10 @@ class TestPipelinesThatAreNotKnown:
 
 
 class TestPlaces:
-    def test_a_path_that_is_not_there(self, tmp_path):
-        with pytest.raises(ValueError, match="There is no file or folder"):
-            add_negative_guidance(build_tiny_pipeline(), tmp_path / "absent")
-
-    def test_a_name_that_the_hub_does_not_give(self):
-        with pytest.raises(ValueError, match="no-such-owner/model is no file or folder here"):
-            add_negative_guidance(build_tiny_pipeline(), "no-such-owner/model")
+    @pytest.mark.parametrize("place", ["/absent/folder", "./absent", "no-such-owner/model"])
+    def test_a_place_that_is_neither_here_nor_on_the_hub_is_named(self, place):
+        with pytest.raises(ValueError, match=f"{place} is no file or folder here"):
+            add_negative_guidance(build_tiny_pipeline(), place)
 
     def test_a_folder_of_two_runs(self, lora, tmp_path):
         (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(

@@ -56,6 +56,6 @@ def test_summary_counts_each_share_by_itself():
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match="picture 1 measures 64x32"):
+    with pytest.raises(ValueError, match="image 1 has 64x32"):
         judge([Image.new("RGB", (32, 32)), Image.new("RGB", (64, 32))])
     assert judge([]) == []

@@ -3,6 +3,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -20,7 +21,7 @@ from trl_diffusion_pref.shapes import (
     summarize,
 )
 from trl_diffusion_pref.shapes.judge import CLEAN_DISTANCE
-from trl_diffusion_pref.shapes.train import build_pipeline, drawn_pictures, train_tokenizer
+from trl_diffusion_pref.shapes.train import build_pipeline, random_drawings, train_tokenizer
 
 
 ASKED = (4 * prompts())[:64]
@@ -131,9 +132,14 @@ def test_a_newly_trained_tokenizer_makes_single_tokens_of_the_captions_words():
 
 
 def test_training_pictures_have_the_asked_share_of_outlines():
-    pixels, captions = drawn_pictures(400, 0.15, np.random.default_rng(0))
+    pixels, captions = random_drawings(400, 0.15, np.random.default_rng(0))
     images = [Image.fromarray(((row.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for row in pixels]
     summary = summarize(images, captions)
     # standard error 0.018
     assert summary.preferred == pytest.approx(0.15, abs=0.055)
     assert summary.colour == summary.shape == 1.0
+
+
+def test_clip_weights_have_the_names_that_every_transformers_5_reads():
+    with safe_open(pipeline_folder() / "text_encoder" / "model.safetensors", framework="pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())

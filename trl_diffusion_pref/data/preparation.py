@@ -1,216 +1,223 @@
-"""From a row's cells to the tensors that the VAE takes: one way for images, one for clips, one for sound."""
+"""From a row's cells to the tensors that the VAE encodes: one class each for images, videos and audio."""
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from datasets import Audio, Image, List, Video
 from diffusers import DiffusionPipeline
 from PIL import Image as PILImage
 from torch import Tensor
 
 from ..families import AudioFamily, Family, VideoFamily
-from .cells import check_kind, undecoded_feature
-from .clips import decode_clip
-from .images import ImageProblem, crop_top_left, decode_image, prepare_image
+from .decode.audio import Waveform, decode_audio, fit, mix, resample
+from .decode.cell import GENERATED, CellProblem, Kind, kind_of, read_cell, undecoded_feature
+from .decode.image import crop_top_left, cropped_share, decode_image, prepare_image
+from .decode.video import decode_video
 from .resolution import Resolution
-from .waveforms import Waveform, decode_waveform, fit, mix, resample
 
 
-class Preparation(ABC):
+Decoded = TypeVar("Decoded")
+
+# More than this is cut from a 4:3 image on its way to a square.
+_NOTEWORTHY_CROP = 0.25
+
+
+class Preparation(ABC, Generic[Decoded]):
     """How the samples of one pipeline are made of cells.
 
-    Args:
-        resolution: Pixels of a square image, or of a clip's shorter side; or (height, width); None for what the
-            pipeline generates.
-        num_frames: Of a clip; None for what the pipeline generates.
-
     Attributes:
-        shape: Of one prepared sample, as `Family.encode_images` takes it without the batch.
-        key: What the prepared samples depend on besides that, for the cache.
-        noun: What one sample is called in messages.
-
-    Raises:
-        ValueError: An option that this kind of sample does not have, or a size that the model cannot take.
+        shape: Shape of one prepared sample, as `Family.encode_samples` takes it, without the batch dimension.
+        key: What the prepared samples depend on besides `shape`, for the cache's key.
+        noun: "image", "video" or "audio": what messages call one sample.
     """
 
     shape: tuple[int, ...]
-    key: tuple = ()
-    noun: str
+    key: tuple[int, ...] = ()
+    noun: Kind
+    # Kinds that `_decode` explains itself if it cannot use the cell.
+    _kinds: tuple[Kind, ...]
 
     def __init__(self, pipeline: DiffusionPipeline, family: Family) -> None:
         self.pipeline, self.family = pipeline, family
         self.pipeline_class = type(pipeline).__name__
 
     def feature(self, feature: Any) -> Any:
-        """The type of a column in which its cells reach `decode` as bytes, paths or lists of them."""
+        """The type of a column in which its cells reach `decode` undecoded, so that errors can name the row."""
         return undecoded_feature(feature)
 
-    @abstractmethod
-    def decode(self, cell: Any) -> Any:
-        """What a cell holds; raises `CellProblem` where that cannot be used."""
+    def decode(self, cell: object) -> Decoded:
+        """Decodes a cell.
+
+        Raises:
+            CellProblem: It cannot be used.
+        """
+        cell = read_cell(cell)
+        try:
+            return self._decode(cell)
+        except CellProblem:
+            found = kind_of(cell)
+            if found is None or found in self._kinds:
+                raise
+            article = {"image": "an image", "video": "a video", "audio": "audio"}[found]
+            message = f"found {article}, but {self.pipeline_class} generates {GENERATED[self.noun]}"
+            raise CellProblem(message) from None
 
     @abstractmethod
-    def tensor(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> Tensor:
+    def _decode(self, cell: object) -> Decoded:
+        """Decodes a cell whose file has been read; raises `CellProblem` if it cannot be used."""
+
+    @abstractmethod
+    def tensor(self, decoded: Decoded, crop_at: tuple[float, float], flip: bool) -> Tensor:
         """A sample of `shape`, float32; pixels and waveforms are in [-1, 1]."""
 
-    def same(self, one: Any, other: Any) -> bool:
+    def same(self, one: Decoded, other: Decoded) -> bool:
         """Whether two decoded cells that were prepared to equal tensors would be at any crop. Default: yes."""
         return True
 
-    def conditioning(self, decoded: Any, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
-        """`Family.image_conditioning`, or of sound `AudioFamily.sound_conditioning`, of a decoded cell."""
+    def conditioning(self, decoded: Decoded, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
+        """`Family.image_conditioning`, or `AudioFamily.audio_conditioning`, of a decoded cell."""
         return {}
 
     def uncropped_conditioning(self) -> dict[str, Tensor]:
-        """The same of a sample that was neither resized, nor cropped, nor filled up."""
+        """The conditioning of a sample that was neither resized, nor cropped, nor padded."""
         return {}
 
-    def notes(self, decoded: Any) -> dict[str, str]:
-        """What was changed about a cell that is worth saying once: by what it is, the words for it."""
+    def notes(self, decoded: Decoded) -> dict[str, str]:
+        """Changes to a cell that the user should know of: a kind, of which one is enough, and the message."""
         return {}
 
 
-class ImagePreparation(Preparation):
-    """Images, square unless told otherwise."""
+class ImagePreparation(Preparation[PILImage.Image]):
+    """Images of one size."""
 
     noun = "image"
+    _kinds = ("image",)
 
-    def __init__(
-        self, pipeline: DiffusionPipeline, family: Family, resolution: Resolution, num_frames: int | None
-    ) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, resolution: Resolution) -> None:
         super().__init__(pipeline, family)
-        _refuse_frames(num_frames, self.pipeline_class, "images")
         resolution = resolution or family.resolution(pipeline)
-        sides = (resolution, resolution) if isinstance(resolution, int) else resolution
-        for side in sides:
+        self.size = (resolution, resolution) if isinstance(resolution, int) else resolution
+        for side in self.size:
             family.check_side(pipeline, side)
-        self.shape = (3, *sides)
+        self.shape = (3, *self.size)
 
-    def feature(self, feature: Any) -> Any:
-        # Clips and sound are refused by row, so they are left what they are.
-        other = isinstance(feature, (Audio, Video, List)) or (isinstance(feature, dict) and "array" in feature)
-        return undecoded_feature(feature) if other else Image(decode=False)
-
-    def decode(self, cell: Any) -> PILImage.Image:
-        try:
-            return decode_image(cell)
-        except ImageProblem:
-            # Only now, since it reads the file once more.
-            check_kind(cell, "image", self.pipeline_class)
-            raise
+    def _decode(self, cell: object) -> PILImage.Image:
+        return decode_image(cell)
 
     def same(self, one: PILImage.Image, other: PILImage.Image) -> bool:
-        return one.size == other.size and one.tobytes() == other.tobytes()
+        return _equal_pixels(one, other)
 
     def tensor(self, decoded: PILImage.Image, crop_at: tuple[float, float], flip: bool) -> Tensor:
-        return prepare_image(decoded, self.shape[1:], crop_at, flip)
+        return prepare_image(decoded, self.size, crop_at, flip)
 
     def conditioning(self, decoded: PILImage.Image, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
-        return self.family.image_conditioning(
-            self.pipeline,
-            (decoded.height, decoded.width),
-            crop_top_left(decoded.size, self.shape[1:], crop_at, flip),
-            self.shape[1:],
-        )
+        top_left = crop_top_left(decoded.size, self.size, crop_at, flip)
+        return self.family.image_conditioning(self.pipeline, (decoded.height, decoded.width), top_left, self.size)
 
     def uncropped_conditioning(self) -> dict[str, Tensor]:
-        return self.family.image_conditioning(self.pipeline, self.shape[1:], (0, 0), self.shape[1:])
+        return self.family.image_conditioning(self.pipeline, self.size, (0, 0), self.size)
+
+    def notes(self, decoded: PILImage.Image) -> dict[str, str]:
+        return _crop_notes("an image", decoded.size, self.size)
 
 
-class ClipPreparation(Preparation):
-    """Clips of one number of frames, every frame of both clips scaled and cropped alike."""
+class VideoPreparation(Preparation[list[PILImage.Image]]):
+    """Videos of one size and number of frames; all frames of a row's videos are scaled and cropped alike."""
 
-    noun = "clip"
+    noun = "video"
+    # An animated image is a video.
+    _kinds = ("video", "image")
 
     def __init__(
         self, pipeline: DiffusionPipeline, family: VideoFamily, resolution: Resolution, num_frames: int | None
     ) -> None:
         super().__init__(pipeline, family)
         frames, height, width = family.video_size(pipeline)
-        if isinstance(resolution, int):
-            height, width = family.scaled_size(pipeline, resolution)
-        elif resolution is not None:
-            height, width = resolution
+        if isinstance(resolution, tuple):
             for side in resolution:
                 family.check_side(pipeline, side)
+            self.size = resolution
+        else:
+            self.size = (height, width) if resolution is None else family.scaled_size(pipeline, resolution)
         self.num_frames = num_frames or frames
-        self.shape = (3, self.num_frames, height, width)
+        self.shape = (3, self.num_frames, *self.size)
 
-    def decode(self, cell: Any) -> list[PILImage.Image]:
-        return decode_clip(cell, self.num_frames, self.pipeline_class)
+    def _decode(self, cell: object) -> list[PILImage.Image]:
+        return decode_video(cell, self.num_frames)
 
     def same(self, one: list[PILImage.Image], other: list[PILImage.Image]) -> bool:
-        return all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in zip(one, other, strict=True))
+        return all(map(_equal_pixels, one, other))
 
     def tensor(self, decoded: list[PILImage.Image], crop_at: tuple[float, float], flip: bool) -> Tensor:
-        return torch.stack([prepare_image(frame, self.shape[2:], crop_at, flip) for frame in decoded], dim=1)
+        return torch.stack([prepare_image(frame, self.size, crop_at, flip) for frame in decoded], dim=1)
+
+    def notes(self, decoded: list[PILImage.Image]) -> dict[str, str]:
+        return _crop_notes("a video", decoded[0].size, self.size)
 
 
-class WaveformPreparation(Preparation):
-    """Sound of the rate, channels and length that the denoiser was made for."""
+class AudioPreparation(Preparation[Waveform]):
+    """Audio of the sampling rate, channels and length that the denoiser was trained on."""
 
-    noun = "sound"
+    noun = "audio"
+    _kinds = ("audio",)
+    family: AudioFamily
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        family: AudioFamily,
-        resolution: Resolution,
-        num_frames: int | None,
-        cropped_or_mirrored: bool,
-    ) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, family: AudioFamily) -> None:
         super().__init__(pipeline, family)
-        _refuse_frames(num_frames, self.pipeline_class, "sound")
-        if resolution is not None or cropped_or_mirrored:
-            raise ValueError(
-                f"resolution, crop='random' and random_flip are for what is seen, and {self.pipeline_class} generates "
-                "sound. Leave them out."
-            )
         self.shape = family.audio_size(pipeline)
         self.rate = family.sampling_rate(pipeline)
         self.key = (self.rate,)
 
-    def decode(self, cell: Any) -> Waveform:
-        waveform = decode_waveform(cell, self.pipeline_class)
-        # Here, since it can be refused.
-        return Waveform(mix(waveform.samples, self.shape[0]), waveform.rate, waveform.samples.shape[0])
+    def _decode(self, cell: object) -> Waveform:
+        waveform = decode_audio(cell)
+        # What `tensor` will do is tried here, where an error can still name the row.
+        resample(mix(waveform.samples[:, :1], self.shape[0]), waveform.rate, self.rate)
+        return waveform
 
     def tensor(self, decoded: Waveform, crop_at: tuple[float, float], flip: bool) -> Tensor:
-        # What is cut off in the end need not be resampled, but for a second beyond the end, which the end depends on.
+        # Samples that will be cut off are not resampled, except for one second, on which the last samples depend.
         needed = math.ceil(self.shape[1] * decoded.rate / self.rate) + decoded.rate
-        samples = resample(decoded.samples[:, :needed], decoded.rate, self.rate)[:, : self.shape[1]]
+        samples = mix(decoded.samples[:, :needed], self.shape[0])
+        samples = resample(samples, decoded.rate, self.rate)[:, : self.shape[1]]
         return fit(self.family.normalize(samples), self.shape[1])
 
     def conditioning(self, decoded: Waveform, crop_at: tuple[float, float], flip: bool) -> dict[str, Tensor]:
         seconds = min(decoded.samples.shape[1] / decoded.rate, self.shape[1] / self.rate)
-        return self.family.sound_conditioning(self.pipeline, seconds)
+        return self.family.audio_conditioning(self.pipeline, seconds)
 
     def uncropped_conditioning(self) -> dict[str, Tensor]:
-        return self.family.sound_conditioning(self.pipeline, self.shape[1] / self.rate)
+        return self.family.audio_conditioning(self.pipeline, self.shape[1] / self.rate)
 
     def notes(self, decoded: Waveform) -> dict[str, str]:
         notes, (channels, length) = {}, self.shape
         if decoded.rate != self.rate:
-            notes["rate"] = f"sound of {decoded.rate} Hz is resampled to {self.rate} Hz"
-        if decoded.channels_before != channels:
-            notes["channels"] = f"sound of {decoded.channels_before} channels is mixed to {channels}"
-        if not torch.equal(self.family.normalize(decoded.samples), decoded.samples):
-            notes["loudness"] = f"sound is brought to the loudness that {self.pipeline_class}'s model was trained on"
+            notes["rate"] = f"audio of {decoded.rate} Hz is resampled to {self.rate} Hz"
+        if decoded.samples.shape[0] != channels:
+            notes["channels"] = f"audio of {decoded.samples.shape[0]} channels is mixed to {channels}"
+        mixed = mix(decoded.samples, channels)
+        if not torch.equal(self.family.normalize(mixed), mixed):
+            notes["loudness"] = f"audio is scaled to the loudness that {self.pipeline_class}'s model was trained on"
         found, wanted = decoded.samples.shape[1] / decoded.rate, length / self.rate
-        # To the sample, since rates need not divide.
+        # Differences below one sample come from rates that do not divide each other.
         if abs(found - wanted) * self.rate >= 1:
-            what = "is cut to" if found > wanted else "is followed by silence up to"
-            notes[what] = f"sound of {found:g} s {what} {wanted:g} s"
+            change = "is cut to" if found > wanted else "is padded with silence to"
+            notes[change] = f"audio of {found:g} s {change} {wanted:g} s"
         return notes
 
 
-def _refuse_frames(num_frames: int | None, pipeline_class: str, generated: str) -> None:
-    if num_frames is not None:
-        raise ValueError(
-            f"num_frames={num_frames} is for clips, and {pipeline_class} generates {generated}. Leave it out."
-        )
+def _equal_pixels(one: PILImage.Image, other: PILImage.Image) -> bool:
+    return one.size == other.size and one.tobytes() == other.tobytes()
+
+
+def _crop_notes(what: str, size: tuple[int, int], shape: tuple[int, int]) -> dict[str, str]:
+    share = cropped_share(size, shape)
+    if share <= _NOTEWORTHY_CROP:
+        return {}
+    return {
+        "crop": f"{share:.0%} of {what} of {size[0]}x{size[1]} pixels is cropped to fit {shape[1]}x{shape[0]}; pass "
+        "samples closer to this shape, or set resolution to a (height, width) closer to theirs"
+    }
 
 
 def preparation_for(
@@ -221,15 +228,26 @@ def preparation_for(
     *,
     cropped_or_mirrored: bool = False,
 ) -> Preparation:
-    """The preparation of what a pipeline generates; see `Preparation`.
+    """The preparation of the samples that a pipeline generates.
 
     Args:
-        cropped_or_mirrored: Whether random crops or flips are asked for.
+        resolution: Pixels of a square image's side or of a video's shorter side, or (height, width); None for what the
+            pipeline generates. Audio has none.
+        num_frames: Frames of a video; None for what the pipeline generates, and for images and audio.
+        cropped_or_mirrored: Whether random crops or flips are asked for, which audio does not have.
 
     Raises:
-        ValueError: An option that samples of this kind do not have, or a size that the model cannot take.
+        ValueError: An option that samples of this kind do not have, or a size that the model does not support.
     """
-    if family.modality == "audio":
-        return WaveformPreparation(pipeline, family, resolution, num_frames, cropped_or_mirrored)
-    kinds = {"image": ImagePreparation, "video": ClipPreparation}
-    return kinds[family.modality](pipeline, family, resolution, num_frames)
+    generates = f"{type(pipeline).__name__} generates {GENERATED[family.modality]}"
+    if num_frames is not None and family.modality != "video":
+        raise ValueError(f"num_frames={num_frames} is for videos, and {generates}. Leave it out.")
+    if isinstance(family, VideoFamily):
+        return VideoPreparation(pipeline, family, resolution, num_frames)
+    if not isinstance(family, AudioFamily):
+        return ImagePreparation(pipeline, family, resolution)
+    if resolution is not None or cropped_or_mirrored:
+        raise ValueError(
+            f"resolution, crop='random' and random_flip are for images and videos, and {generates}. Leave them out."
+        )
+    return AudioPreparation(pipeline, family)

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
-from .arrays import array_features
-from .space import check_space
+from .cache import array_features, check_space
 
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
@@ -52,7 +51,7 @@ class PromptTable:
     def add(self, other: "PromptTable") -> None:
         """Takes in another table's prompts, in place, so that whoever holds this one can look them up."""
         both = concatenate_datasets([self._dataset.with_format(None), other._dataset.with_format(None)])
-        self.__init__(both, self.encoded_with)
+        PromptTable.__init__(self, both, self.encoded_with)
 
     def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
         """Conditioning tensors `(len(prompts), ...)` float32 on the CPU."""

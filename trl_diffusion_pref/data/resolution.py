@@ -17,13 +17,15 @@ def as_resolution(value: int | str | Sequence[int] | None) -> Resolution:
     Raises:
         ValueError: None of these, or not positive.
     """
-    parts = value
+    if value is None:
+        return None
+    parts: Sequence[Any] = [value]
     if isinstance(value, str):
         parts = value.lower().split("x")
-    elif not isinstance(value, Sequence) or isinstance(value, bytes):
-        parts = [value]
-    sides = [_side(part) for part in parts]
-    if value is not None and (len(sides) not in (1, 2) or None in sides):
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        parts = value
+    sides = [side for part in parts if (side := _side(part)) is not None]
+    if len(parts) not in (1, 2) or len(sides) < len(parts):
         raise ValueError(
             f"resolution={value!r} is neither a positive number of pixels, such as 512, nor a height and a width, "
             'such as "768x1360".'
@@ -35,5 +37,5 @@ def _side(part: Any) -> int | None:
     """A positive number, or None."""
     if isinstance(part, str) and part.strip().isdecimal():
         part = int(part)
-    good = isinstance(part, Integral) and not isinstance(part, bool) and part > 0
+    good = isinstance(part, Integral) and not isinstance(part, bool) and int(part) > 0
     return int(part) if good else None

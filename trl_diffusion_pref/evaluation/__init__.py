@@ -1,6 +1,14 @@
 """Held-out preference accuracy."""
 
-from .preference import PreferenceAccuracy, bootstrap_interval, pair_elbos, preference_accuracy, wins
+from .held_out import HeldOutPreferences, bootstrap_interval, pair_elbos, wins
+from .preference import PreferenceAccuracy, preference_accuracy
 
 
-__all__ = ["PreferenceAccuracy", "bootstrap_interval", "pair_elbos", "preference_accuracy", "wins"]
+__all__ = [
+    "HeldOutPreferences",
+    "PreferenceAccuracy",
+    "bootstrap_interval",
+    "pair_elbos",
+    "preference_accuracy",
+    "wins",
+]

@@ -6,54 +6,65 @@ Families outside the package come in by `register_family`, or through an entry p
     my_family = "my_package.my_module:MyFamily"
 """
 
+from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 
-from diffusers import DiffusionPipeline
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from .audioldm2 import AudioLDM2Family
-from .base import AudioFamily, Family, VideoFamily
-from .cogvideox import CogVideoXFamily
-from .flux import FluxFamily
-from .pixart_sigma import PixArtSigmaFamily
-from .qwen_image import QwenImageFamily
-from .sana import SanaFamily
-from .stable_audio import StableAudioFamily
-from .stable_diffusion import StableDiffusionFamily
-from .stable_diffusion_3 import StableDiffusion3Family
-from .stable_diffusion_xl import StableDiffusionXLFamily
-from .wan import WanFamily
+from ..host_libraries import quiet_imports
+from .base import Family, InputShapes, Recommended
+from .modalities import AudioFamily, VideoFamily
 
 
 __all__ = [
     "AudioFamily",
     "Family",
+    "InputShapes",
+    "Recommended",
     "VideoFamily",
+    "all_families",
     "family_for",
     "family_named",
+    "family_of_denoiser",
     "register_family",
     "supported_pipelines",
 ]
 
 _ENTRY_POINT_GROUP = "trl_diffusion_pref.families"
 
-_FAMILIES: dict[str, Family] = {
-    family.pipeline_class: family
-    for family in (
-        StableDiffusionFamily(),
-        StableDiffusionXLFamily(),
-        StableDiffusion3Family(),
-        FluxFamily(),
-        PixArtSigmaFamily(),
-        SanaFamily(),
-        QwenImageFamily(),
-        WanFamily(),
-        CogVideoXFamily(),
-        StableAudioFamily(),
-        AudioLDM2Family(),
-    )
-}
+# Pipeline, the first diffusers version that has it, file and class of its family.
+_BUILT_IN = (
+    ("StableDiffusionPipeline", "0.37", "stable_diffusion", "StableDiffusionFamily"),
+    ("StableDiffusionXLPipeline", "0.37", "stable_diffusion_xl", "StableDiffusionXLFamily"),
+    ("StableDiffusion3Pipeline", "0.37", "stable_diffusion_3", "StableDiffusion3Family"),
+    ("FluxPipeline", "0.37", "flux", "FluxFamily"),
+    ("PixArtSigmaPipeline", "0.37", "pixart_sigma", "PixArtSigmaFamily"),
+    ("SanaPipeline", "0.37", "sana", "SanaFamily"),
+    ("QwenImagePipeline", "0.37", "qwen_image", "QwenImageFamily"),
+    ("WanPipeline", "0.37", "wan", "WanFamily"),
+    ("CogVideoXPipeline", "0.37", "cogvideox", "CogVideoXFamily"),
+    ("StableAudioPipeline", "0.37", "stable_audio", "StableAudioFamily"),
+    ("AudioLDM2Pipeline", "0.37", "audioldm2", "AudioLDM2Family"),
+)
+
+
+def _load_built_in(rows: Iterable[tuple[str, str, str, str]]) -> tuple[dict[str, Family], dict[str, str]]:
+    """The families whose pipelines the installed diffusers has, and by pipeline the version that the others need."""
+    families, missing = {}, {}
+    for pipeline_class, version, module, name in rows:
+        if hasattr(diffusers, pipeline_class):
+            families[pipeline_class] = getattr(import_module(f"{__name__}.{module}"), name)()
+        else:
+            missing[pipeline_class] = version
+    return families, missing
+
+
+with quiet_imports():
+    _FAMILIES, _MISSING = _load_built_in(_BUILT_IN)
 
 _HOW_TO_REGISTER = (
     "For another pipeline, subclass trl_diffusion_pref.families.Family and pass an instance to "
@@ -62,7 +73,7 @@ _HOW_TO_REGISTER = (
 
 
 def register_family(family: Family) -> None:
-    """Makes a family known, so that trainers take its pipelines.
+    """Registers a family, so that trainers take its pipelines.
 
     Registering the same class again replaces the first instance.
 
@@ -89,10 +100,15 @@ def register_family(family: Family) -> None:
     _FAMILIES[family.pipeline_class] = family
 
 
+def all_families() -> tuple[Family, ...]:
+    """Every family, in the order in which they were registered."""
+    _register_entry_points()
+    return tuple(_FAMILIES.values())
+
+
 def supported_pipelines() -> tuple[str, ...]:
     """Class names of the pipelines that can be trained, sorted."""
-    _register_entry_points()
-    return tuple(sorted(_FAMILIES))
+    return tuple(sorted(family.pipeline_class for family in all_families()))
 
 
 def family_for(pipeline: DiffusionPipeline) -> Family:
@@ -120,16 +136,39 @@ def family_named(pipeline_class: str) -> Family:
     """The family of a class of pipelines.
 
     Raises:
-        TypeError: An unsupported class; the message lists the supported ones.
+        TypeError: An unsupported class; the message lists the supported ones. Or one that the installed diffusers
+            does not have; the message names the version that has it.
     """
     supported = ", ".join(supported_pipelines())
     family = _FAMILIES.get(pipeline_class)
+    if family is None and pipeline_class in _MISSING:
+        raise TypeError(
+            f"{pipeline_class} needs diffusers >= {_MISSING[pipeline_class]}, but {diffusers.__version__} is "
+            "installed. Upgrade it: pip install --upgrade diffusers."
+        )
     if family is None:
         raise TypeError(
             f"{pipeline_class} is not supported. Supported pipelines: {supported}. If the weights fit one of "
             f"these classes, load them through it. {_HOW_TO_REGISTER}"
         )
     return family
+
+
+def family_of_denoiser(denoiser: nn.Module) -> Family:
+    """The family of a denoiser that comes without its pipeline, possibly wrapped (PEFT).
+
+    Raises:
+        TypeError: No family has a denoiser of this class; the message lists the classes.
+    """
+    inside = next((module for module in denoiser.modules() if isinstance(module, ModelMixin)), None)
+    for family in all_families():
+        if inside is not None and family.takes_denoiser(inside):
+            return family
+    known = sorted({family.denoiser_class for family in all_families()} - {""})
+    raise TypeError(
+        f"No family has a denoiser of the class {type(inside or denoiser).__name__}. Pass its pipeline, or a denoiser "
+        f"of one of these classes: {', '.join(known)}."
+    )
 
 
 @cache

@@ -1,74 +1,169 @@
-"""What a model family must say: how its pipeline encodes prompts and images, and how it calls its denoiser."""
+"""What a model family must say: how its pipeline encodes prompts and samples, and how it calls its denoiser."""
 
 import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from .autoencoders import decode_with_autoencoder_kl, encode_with_autoencoder_kl
 
 
 logger = logging.getLogger(__name__)
 
-# PEFT writes names as seen from PeftModel.
-_PEFT_PREFIX = "base_model.model."
+Modality = Literal["image", "video", "audio"]
+LoraFormat = Literal["diffusers", "peft"]
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """Values of options for one algorithm on one family or kind of model.
+
+    Args:
+        values: By the option's name.
+        source: Where they were published, or that they were not and whose they are.
+    """
+
+    values: Mapping[str, float]
+    source: str
+
+
+@dataclass(frozen=True)
+class InputShapes:
+    """Shapes of what the denoiser is given for one sample, without the batch dimension; all of it is float32.
+
+    Args:
+        latents: `(C, h, w)` of an image, `(C, f, h, w)` of a video; of audio as its VAE has them.
+        conditioning: By name, everything that `Family.predict` reads.
+    """
+
+    latents: tuple[int, ...]
+    conditioning: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """Stands in for a part of a pipeline of which only its config, or a tokenizer's length, is read."""
+
+    config: Any = None
+    model_max_length: int | None = None
 
 
 class Family(ABC):
     """One kind of pipeline. Stateless: every method gets the pipeline or denoiser it works on.
 
+    Methods about sizes and shapes read configs and call no module, so that a `weightless` pipeline is enough for them.
+
     Attributes:
         pipeline_class: Name of the diffusers class.
+        denoiser_class: Name of the denoiser's class, for a denoiser that comes without its pipeline.
         denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         optional_encoder_names: Those of them that a pipeline may have been loaded without.
         lora_target_modules: Default targets, those of diffusers' own training examples.
+        packing: How many latents the pipeline packs into one input vector of the denoiser, whose `in_channels` is that
+            many times the latents' channels.
+        flow: Whether the published models are rectified flows.
+        read_by_value: Conditioning whose values, not only shapes, decide how `predict` calls the denoiser.
+        recommended: Published values of options that depend on the model, by the algorithm's name. Where nothing was
+            published, leave the algorithm out: the values of the nearest model are taken.
         gradient_checkpointing: Whether the denoiser computes the same with it.
         modality: What a sample is, "image", "video" or "audio".
         lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
             that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
+        guidance_layout: How the pipeline calls its denoiser for classifier-free guidance. "batched": once, on
+            [negative; positive]. "separate": twice, inside diffusers' `cache_context("cond")` and
+            `cache_context("uncond")`. None: unknown, and `guidance.negative_guidance` asks for it.
+        guided_pipelines: Names of further diffusers classes around the same denoiser that call it in this layout.
+        shared_arguments: Names of the denoiser's arguments that are the same for all samples, such as positions of
+            tokens; their first dimension is never a batch.
     """
 
     pipeline_class: str
+    denoiser_class: str = ""
     denoiser_name: str
     encoder_names: tuple[str, ...]
     optional_encoder_names: tuple[str, ...] = ()
     lora_target_modules: tuple[str, ...]
+    packing: int = 1
+    flow: bool = False
+    read_by_value: tuple[str, ...] = ()
+    recommended: ClassVar[Mapping[str, Recommended]] = {}
     gradient_checkpointing: bool = True
-    modality: str = "image"
-    lora_format: str = "diffusers"
+    modality: Modality = "image"
+    lora_format: LoraFormat = "diffusers"
+    guidance_layout: Literal["batched", "separate"] | None = None
+    guided_pipelines: tuple[str, ...] = ()
+    shared_arguments: tuple[str, ...] = ()
 
-    def denoiser(self, pipeline: DiffusionPipeline) -> nn.Module:
+    def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The module that is trained."""
         return getattr(pipeline, self.denoiser_name)
 
-    def encoders(self, pipeline: DiffusionPipeline) -> list[nn.Module]:
-        """The modules that encode prompts and images."""
+    def encoders(self, pipeline: DiffusionPipeline) -> list[Any]:
+        """The modules that encode prompts and samples."""
         return [module for name in self.encoder_names if (module := getattr(pipeline, name, None)) is not None]
 
+    def denoiser_config(self, pipeline: DiffusionPipeline) -> Any:
+        """The denoiser's config, whatever the denoiser is wrapped in."""
+        return model_inside(self.denoiser(pipeline)).config
+
+    def takes_denoiser(self, denoiser: ModelMixin) -> bool:
+        """Whether a denoiser that comes without its pipeline belongs to this family."""
+        return type(denoiser).__name__ == self.denoiser_class
+
+    def published_parts(self) -> dict[str, Any]:
+        """Stand-ins for parts of the published pipeline, of which sizes are read where a denoiser comes alone.
+
+        Default: none, since most pipelines take the published autoencoder where they have none.
+        """
+        return {}
+
     def check_complete(self, pipeline: DiffusionPipeline) -> None:
-        """Refuses a pipeline that was loaded without a part that encodes.
+        """Raises where a pipeline cannot be trained as it was loaded, and warns once of what training would lose.
 
         Raises:
-            ValueError: Names the parts.
+            ValueError: A part that encodes is missing, or the denoiser takes more than noisy latents (inpainting and
+                control checkpoints).
         """
+        self._check_parts(pipeline)
+        self._check_channels(pipeline)
+        if (reason := self.distilled(pipeline)) is not None:
+            _warn_of_distillation(type(pipeline).__name__, reason)
+
+    def distilled(self, pipeline: DiffusionPipeline) -> str | None:
+        """What in the configs shows that the checkpoint was distilled to a few sampling steps. Default: nothing."""
+        return None
+
+    def _check_parts(self, pipeline: DiffusionPipeline) -> None:
         needed = [name for name in self.encoder_names if name not in self.optional_encoder_names]
         missing = [name for name in needed if getattr(pipeline, name, None) is None]
         if missing:
             raise ValueError(
                 f"The {type(pipeline).__name__} was loaded without {', '.join(missing)}, and prompts and samples are "
                 "encoded with all of its parts. Load it whole; the encoders leave the device before training starts."
+            )
+
+    def _check_channels(self, pipeline: DiffusionPipeline) -> None:
+        # Autoencoders name their latents' channels in three ways; one that does so in none cannot be checked.
+        names = ("latent_channels", "z_dim", "decoder_input_channels")
+        latent = next((size for name in names if (size := pipeline.vae.config.get(name))), None)
+        channels = self.denoiser_config(pipeline).get("in_channels")
+        if latent is not None and channels is not None and channels != latent * self.packing:
+            raise ValueError(
+                f"The {self.denoiser_name} of this {type(pipeline).__name__} takes {channels} channels, but noisy "
+                f"latents of its {type(pipeline.vae).__name__} have {latent * self.packing}. Checkpoints for "
+                "inpainting, depth, control or image to video take images beside the noisy latents, which rows do not "
+                "have. Use the checkpoint of the same model that generates from text alone."
             )
 
     def text_device(self, pipeline: DiffusionPipeline) -> torch.device:
@@ -86,23 +181,28 @@ class Family(ABC):
             "at least one."
         )
 
-    @abstractmethod
     def resolution(self, pipeline: DiffusionPipeline) -> int:
-        """Side length in pixels of the square images that the pipeline generates by default."""
+        """Side length in pixels of the square images that the pipeline generates by default.
+
+        Default: the pipeline's `default_sample_size`, which counts latents.
+        """
+        return pipeline.default_sample_size * pipeline.vae_scale_factor
 
     def size_step(self, pipeline: DiffusionPipeline) -> int:
         """Pixels that a side must be a multiple of: one latent, or one patch where the denoiser takes patches.
 
-        Default: as the pipeline's `vae_scale_factor` or `vae_scale_factor_spatial` and the denoiser's `patch_size` say
-        it; 1 for what is not said.
+        Default: `pixels_per_latent` times the denoiser's `patch_size`, or 1 where its config has none.
         """
+        patch = self.denoiser_config(pipeline).get("patch_size") or 1
+        return self.pixels_per_latent(pipeline) * (patch if isinstance(patch, int) else patch[-1])
+
+    def pixels_per_latent(self, pipeline: DiffusionPipeline) -> int:
+        """Along one side. Default: the pipeline's `vae_scale_factor_spatial` or `vae_scale_factor`, else 1."""
         factors = (getattr(pipeline, name, None) for name in ("vae_scale_factor_spatial", "vae_scale_factor"))
-        factor = next((factor for factor in factors if factor), 1)
-        patch = self.denoiser(pipeline).config.get("patch_size") or 1
-        return factor * (patch if isinstance(patch, int) else patch[-1])
+        return next((factor for factor in factors if factor), 1)
 
     def check_side(self, pipeline: DiffusionPipeline, side: int) -> None:
-        """Refuses a side in pixels that is no whole number of patches.
+        """Raises where a side in pixels is no whole number of patches.
 
         Raises:
             ValueError: Says what `resolution` may be.
@@ -115,19 +215,57 @@ class Family(ABC):
                 f"{below + step}."
             )
 
+    def input_shapes(self, pipeline: DiffusionPipeline, sample_shape: tuple[int, ...]) -> InputShapes:
+        """What the denoiser is given for one sample.
+
+        Args:
+            sample_shape: As `encode_samples` takes it, without the batch dimension.
+        """
+        return InputShapes(self.latent_shape(pipeline, sample_shape), self.conditioning_shapes(pipeline))
+
+    def latent_shape(self, pipeline: DiffusionPipeline, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the latents of one sample, without the batch dimension.
+
+        Args:
+            sample_shape: As `encode_samples` takes it, without the batch dimension.
+        """
+        channels, factor = self.denoiser_config(pipeline).in_channels, self.pixels_per_latent(pipeline)
+        return channels // self.packing, *(side // factor for side in sample_shape[1:])
+
+    def conditioning_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
+        """Shapes of everything that `predict` reads, without the batch dimension.
+
+        Default: found by encoding one prompt, for which the pipeline must be loaded; override it to do without.
+
+        Raises:
+            TypeError: The pipeline has no weights.
+        """
+        present = self.encoders(pipeline)
+        if not present or not all(isinstance(part, nn.Module) for part in present):
+            raise TypeError(
+                f"{type(self).__name__} does not say what it conditions on without encoding a prompt. Pass the loaded "
+                "pipeline, or let the family override conditioning_shapes."
+            )
+        conditioning = self.encode_prompts(pipeline, [""])
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in conditioning.items()}
+        return shapes | {name: tuple(tensor.shape) for name, tensor in self._any_sample_conditioning(pipeline).items()}
+
+    def _any_sample_conditioning(self, pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+        return self.image_conditioning(pipeline, (8, 8), (0, 0), (8, 8))
+
     @abstractmethod
     def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Conditioning of each prompt as the pipeline's own `__call__` computes it.
 
         Returns:
             Named tensors `(len(prompts), ...)`, float32, on the encoders' device, everything that `predict` needs
-            and `image_conditioning` or `sound_conditioning` does not give. Shapes do not depend on the prompts:
+            and `image_conditioning` or `audio_conditioning` does not give. Shapes do not depend on the prompts:
             embeddings are padded to a fixed length, and a mask (1: token, 0: padding) stands beside them where the
             denoiser takes one.
         """
 
     def encode_unconditional(self, pipeline: DiffusionPipeline) -> dict[str, Tensor]:
-        """What the pipeline's sampler puts on the unconditional side where the user gives no negative prompt.
+        """What the pipeline's sampler puts on the unconditional side if the user gives no negative prompt.
 
         Returns:
             As `encode_prompts` of one prompt, `(1, ...)`. Default: the empty prompt's.
@@ -135,9 +273,9 @@ class Family(ABC):
         return self.encode_prompts(pipeline, [""])
 
     def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
-        """The most tokens of a prompt that are read, special ones included, by the tokenizer's attribute.
+        """How many tokens of a prompt are read, special ones included, by the tokenizer's attribute.
 
-        Default: what each tokenizer says of itself.
+        Default: each tokenizer's `model_max_length`.
         """
         return {
             name: part.model_max_length
@@ -168,22 +306,39 @@ class Family(ABC):
         """
         return {}
 
-    @abstractmethod
-    def encode_images(self, pipeline: DiffusionPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_samples(self, pipeline: DiffusionPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the latents, in the scale that the denoiser sees.
 
+        Default: an `AutoencoderKL`'s.
+
         Args:
-            pixels: `(B, 3, H, W)` float32 in [-1, 1].
+            pixels: Images `(B, 3, H, W)`, videos `(B, 3, F, H, W)` or waveforms `(B, channels, samples)`, float32 in
+                [-1, 1].
 
         Returns:
-            Two tensors `(B, C, h, w)` float32.
-        """
+            Two float32 tensors `(B, C, h, w)` of images, `(B, C, f, h, w)` of videos; of audio as its VAE has them.
 
-    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
-        """How many tokens the denoiser makes of one sample; flow schedulers that shift by size are told by it.
+        Raises:
+            ValueError: Samples of a shape that the VAE would cut short or mistake.
+        """
+        return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def decode_samples(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of `encode_samples`, through the VAE and whatever the pipeline puts after it.
 
         Args:
-            latent_shape: `(C, h, w)`, or `(C, f, h, w)` for clips.
+            latents: `(B, C, ...)` in the scale that the denoiser sees.
+
+        Returns:
+            float32, as `encode_samples` takes them: images and videos clamped to [-1, 1], waveforms as they come.
+        """
+        return decode_with_autoencoder_kl(pipeline.vae, latents).clamp(-1, 1)
+
+    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """How many tokens the denoiser makes of one sample, by which some flow schedulers shift their times.
+
+        Args:
+            latent_shape: `(C, h, w)`, or `(C, f, h, w)` for videos.
 
         Returns:
             One per 2x2 latents, as Flux's, Qwen-Image's and SD 3's pipelines count.
@@ -210,157 +365,12 @@ class Family(ABC):
         pipeline.save_lora_weights(folder, **{layers: state_dict, layers_metadata: metadata})
 
 
-class VideoFamily(Family):
-    """For pipelines that generate clips: `encode_images` takes `(B, 3, F, H, W)` and gives `(B, C, f, h, w)`."""
-
-    modality = "video"
-
-    @abstractmethod
-    def video_size(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
-        """Frames, height and width in pixels of the clips that the pipeline generates by default."""
-
-    def resolution(self, pipeline: DiffusionPipeline) -> int:
-        """The shorter side of a clip."""
-        return min(self.video_size(pipeline)[1:])
-
-    def scaled_size(self, pipeline: DiffusionPipeline, shorter: int) -> tuple[int, int]:
-        """Height and width of clips with another shorter side, in the shape of those that the pipeline generates.
-
-        The longer side is rounded to whole patches of the denoiser.
-
-        Raises:
-            ValueError: The shorter side is not a whole number of patches.
-        """
-        self.check_side(pipeline, shorter)
-        step = self.size_step(pipeline)
-        _, *size = self.video_size(pipeline)
-        height, width = (max(round(side * shorter / min(size) / step), 1) * step for side in size)
-        return height, width
-
-    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            prompt_embeds, _ = pipeline.encode_prompt(
-                list(prompts),
-                do_classifier_free_guidance=False,
-                max_sequence_length=call_default(pipeline, "max_sequence_length"),
-                device=self.text_device(pipeline),
-            )
-        return {"prompt_embeds": prompt_embeds.float()}
-
-    def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
-        return {"tokenizer": call_default(pipeline, "max_sequence_length")}
-
-    @staticmethod
-    def check_clips(pipeline: DiffusionPipeline, pixels: Tensor) -> None:
-        """Refuses what the VAE would cut short or mistake.
-
-        Raises:
-            ValueError: Not clips, or a number of frames that is no multiple of the VAE's temporal factor, plus one.
-        """
-        if pixels.ndim != 5:
-            raise ValueError(
-                f"{type(pipeline).__name__} generates clips, but got pixels of shape {tuple(pixels.shape)}. Pass "
-                "(batch, 3, frames, height, width); for images take a pipeline that generates images."
-            )
-        factor, frames = pipeline.vae_scale_factor_temporal, pixels.shape[2]
-        if frames % factor != 1 and factor > 1:
-            below = max((frames - 1) // factor * factor, 0) + 1
-            raise ValueError(
-                f"A clip has {frames} frames, but the {type(pipeline.vae).__name__} takes a multiple of {factor} plus "
-                f"one. Cut it to {below} frames, or bring {below + factor}."
-            )
-
-
-class AudioFamily(Family):
-    """For pipelines that generate sound: `encode_images` takes `(B, channels, samples)` and gives `(B, C, l)`."""
-
-    modality = "audio"
-
-    @abstractmethod
-    def sampling_rate(self, pipeline: DiffusionPipeline) -> int:
-        """Samples per second."""
-
-    @abstractmethod
-    def audio_size(self, pipeline: DiffusionPipeline) -> tuple[int, int]:
-        """Channels and samples of the waveforms that the denoiser was made for."""
-
-    def normalize(self, samples: Tensor) -> Tensor:
-        """Sound as loud as what the model was trained on. Default: as it is.
-
-        Args:
-            samples: `(channels, samples)` float32 of one sound, of the model's rate, before silence fills it up.
-        """
-        return samples
-
-    def sound_conditioning(self, pipeline: DiffusionPipeline, seconds: float) -> dict[str, Tensor]:
-        """Conditioning on how one waveform was prepared; empty for families without it.
-
-        Args:
-            seconds: How long it sounds before the silence that fills it up to `audio_size`.
-
-        Returns:
-            Named float32 tensors without batch dimension; stacked, `predict` reads them from its `conditioning`.
-        """
-        return {}
-
-    def resolution(self, pipeline: DiffusionPipeline) -> int:
-        """Sound has none.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(f"{type(pipeline).__name__} generates sound, which has no resolution in pixels.")
-
-    def check_waveforms(self, pipeline: DiffusionPipeline, waveforms: Tensor) -> None:
-        """Refuses waveforms of another size.
-
-        Raises:
-            ValueError: Not `(B, channels, samples)` of `audio_size`.
-        """
-        channels, samples = self.audio_size(pipeline)
-        if waveforms.ndim != 3 or waveforms.shape[1:] != (channels, samples):
-            raise ValueError(
-                f"{type(pipeline).__name__} takes waveforms (batch, {channels}, {samples}), "
-                f"{samples / self.sampling_rate(pipeline):g} s at {self.sampling_rate(pipeline)} Hz, but got "
-                f"{tuple(waveforms.shape)}. Resample, repeat or mix the channels, and cut or pad with silence."
-            )
-
-
-class PeftFormatFamily(Family):
-    """For pipelines without `load_lora_weights`: LoRA is written and loaded as PEFT does it."""
-
-    lora_format = "peft"
-
-    def save_lora(
-        self, pipeline: DiffusionPipeline, folder: str | Path, state_dict: dict[str, Tensor], metadata: dict[str, Any]
-    ) -> None:
-        """Writes `adapter_config.json` and `adapter_model.safetensors` for `PeftModel.from_pretrained`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        LoraConfig(**metadata).save_pretrained(folder)
-        layers = {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in state_dict.items()}
-        save_file(layers, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-
-
 def call_default(pipeline: DiffusionPipeline, name: str) -> Any:
-    """The default of an argument of the pipeline's `__call__`, which `encode_prompt` may have another one for."""
-    return inspect.signature(type(pipeline).__call__).parameters[name].default
+    """The default of an argument of the pipeline's `__call__`.
 
-
-def square_side(denoiser: nn.Module) -> int:
-    """Latents per side of what a denoiser was made for.
-
-    Raises:
-        ValueError: Its config does not say, or says a shape that is no square.
+    Sampling passes it on to `encode_prompt`, whose own default for the same argument may be another one.
     """
-    size = denoiser.config.sample_size
-    sides = {size} if isinstance(size, int) else set(size or ())
-    if len(sides) != 1:
-        raise ValueError(
-            f"The {type(denoiser).__name__}'s config has sample_size={size!r}, which is no side of a square. Set "
-            'resolution, such as 512 or "512x768".'
-        )
-    return sides.pop()
+    return inspect.signature(type(pipeline).__call__).parameters[name].default
 
 
 def model_inside(denoiser: nn.Module) -> ModelMixin:
@@ -369,86 +379,10 @@ def model_inside(denoiser: nn.Module) -> ModelMixin:
 
 
 @cache
-def _warn_of_non_finite_latents(vae: str, dtype: torch.dtype) -> None:
-    # cached, so that each kind of VAE is named once and not at every batch
+def _warn_of_distillation(pipeline_class: str, reason: str) -> None:
+    # Cached, so that each kind of pipeline is named once.
     logger.warning(
-        "%s in %s gave NaN or infinite latents. Such batches are encoded in float32; to save the second attempt, load "
-        "the VAE in float32 or bfloat16.",
-        vae,
-        str(dtype).removeprefix("torch."),
+        f"This {pipeline_class} looks distilled to a few sampling steps ({reason}). The losses here know nothing of "
+        "the distillation: training makes samples from few steps worse, and the model needs the steps and guidance of "
+        "an undistilled one again. Train the model that it was distilled from instead."
     )
-
-
-@contextmanager
-def _in_float32(module: nn.Module) -> Iterator[None]:
-    # The same tensors come back, whatever mixture of dtypes they had. diffusers' own to() warns at every cast.
-    tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
-    kept = [tensor.data for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        yield
-    finally:
-        for tensor, data in zip(tensors, kept, strict=True):
-            tensor.data = data
-
-
-def encode_finite(
-    vae: ModelMixin,
-    pixels: Tensor,
-    moments: Callable[[Any], tuple[Tensor, Tensor]],
-    *,
-    in_float32: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation, in the VAE's dtype, or in float32 where that overflows.
-
-    Args:
-        vae: Has its dtype back afterwards.
-        pixels: What its `encode` takes, in [-1, 1].
-        moments: Mean and standard deviation from what its `encode` returns.
-        in_float32: Do not try the VAE's dtype first.
-
-    Returns:
-        Two float32 tensors in the VAE's own scale. Not finite where float32 does not help either; which row that is,
-        the caller knows.
-    """
-    dtype = vae.dtype
-
-    def encode() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            mean, std = moments(vae.encode(pixels.to(device=vae.device, dtype=vae.dtype)))
-        return mean.float(), std.float()
-
-    if dtype == torch.float32:
-        return encode()
-    if not in_float32:
-        encoded = encode()
-        if all(bool(values.isfinite().all()) for values in encoded):
-            return encoded
-        _warn_of_non_finite_latents(type(vae).__name__, dtype)
-    with _in_float32(vae):
-        return encode()
-
-
-def encode_with_autoencoder_kl(vae: ModelMixin, pixels: Tensor, *, in_float32: bool = False) -> tuple[Tensor, Tensor]:
-    """`encode_images` for pipelines with an `AutoencoderKL`: `(z - shift_factor) * scaling_factor`.
-
-    Args:
-        in_float32: See `encode_finite`.
-    """
-    mean, std = encode_finite(
-        vae, pixels, lambda output: (output.latent_dist.mean, output.latent_dist.std), in_float32=in_float32
-    )
-    shift = vae.config.get("shift_factor") or 0.0
-    scale = vae.config.scaling_factor
-    return (mean - shift) * scale, std * scale
-
-
-def encode_with_channel_statistics(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """`(z - latents_mean) / latents_std` per channel, for VAEs of videos, `(B, 3, F, H, W)` to `(B, C, f, h, w)`."""
-    mean, std = encode_finite(vae, pixels, lambda output: (output.latent_dist.mean, output.latent_dist.std))
-    shift, scale = (
-        torch.tensor(values, device=mean.device).reshape(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return (mean - shift) / scale, std / scale

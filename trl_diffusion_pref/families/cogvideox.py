@@ -5,27 +5,34 @@ from types import SimpleNamespace
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-from .base import VideoFamily, encode_with_autoencoder_kl, model_inside
+from .base import call_default, model_inside
+from .modalities import VideoFamily
 
 
-# What CogVideoX 1.5's config has for the size of its latents is the extent of its table of positions; the size that it
-# was made for, height and width in pixels, is in its model card alone.
+# In CogVideoX 1.5's config the size of the latents is the extent of its table of positions. Only its model card has
+# the size that it was made for, height and width in pixels.
 _TABLE_OF_POSITIONS = (300, 300)
 _SIZE_OF_1_5 = (768, 1360)
 
 
 class CogVideoXFamily(VideoFamily):
-    """`CogVideoXPipeline`, 1.0 and 1.5."""
+    """`CogVideoXPipeline`, 1.0 and 1.5.
+
+    An odd number of latent frames decodes to what was encoded; an even one (1.5) to four each, as sampling does.
+    """
 
     pipeline_class = "CogVideoXPipeline"
+    denoiser_class = "CogVideoXTransformer3DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
+    guidance_layout = "batched"
+    shared_arguments = ("image_rotary_emb",)
     # examples/cogvideo/train_cogvideox_lora.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
     def video_size(self, pipeline: CogVideoXPipeline) -> tuple[int, int, int]:
-        """For CogVideoX 1.5 with the frames that the pipeline adds to fill the last patch, at 768x1360."""
-        config, factor = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
+        """CogVideoX 1.5: 768x1360, with the frames that the pipeline adds to fill the last patch."""
+        config, factor = self.denoiser_config(pipeline), pipeline.vae_scale_factor_spatial
         frames = config.sample_frames
         latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
         frames += -latent_frames % (config.patch_size_t or 1) * pipeline.vae_scale_factor_temporal
@@ -34,16 +41,20 @@ class CogVideoXFamily(VideoFamily):
             return frames, *_SIZE_OF_1_5
         return frames, size[0] * factor, size[1] * factor
 
-    def encode_images(self, pipeline: CogVideoXPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_clips(pipeline, pixels)
-        mean, std = encode_with_autoencoder_kl(pipeline.vae, pixels)
-        patch = pipeline.transformer.config.patch_size_t or 1
+    def conditioning_shapes(self, pipeline: CogVideoXPipeline) -> dict[str, tuple[int, ...]]:
+        width = self.denoiser_config(pipeline).text_embed_dim
+        return {"prompt_embeds": (call_default(pipeline, "max_sequence_length"), width)}
+
+    def encode_samples(self, pipeline: CogVideoXPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_frames(pipeline, pixels)
+        mean, std = super().encode_samples(pipeline, pixels)
+        patch = self.denoiser_config(pipeline).patch_size_t or 1
         if mean.shape[2] % patch:
-            # When sampling, the pipeline generates frames that it throws away; here nothing could stand for them.
+            # When sampling, the pipeline generates more frames and drops them; in training nothing could replace them.
             raise ValueError(
-                f"A clip of {pixels.shape[2]} frames has {mean.shape[2]} latent frames, but this transformer takes "
+                f"A video of {pixels.shape[2]} frames has {mean.shape[2]} latent frames, but this transformer takes "
                 f"multiples of {patch}. Cut it to {pixels.shape[2] - pipeline.vae_scale_factor_temporal} frames, or "
-                f"bring {pixels.shape[2] + pipeline.vae_scale_factor_temporal}."
+                f"pass {pixels.shape[2] + pipeline.vae_scale_factor_temporal}."
             )
         return mean, std
 
@@ -52,13 +63,13 @@ class CogVideoXFamily(VideoFamily):
         model = model_inside(denoiser)
         rotary = None
         if model.config.use_rotary_positional_embeddings:
-            # The pipeline's method, of which it only asks these two; sizes in latents, so the factor to pixels is 1.
+            # The pipeline's method reads only these two of its attributes. Sizes are in latents, so the factor is 1.
             sizes = SimpleNamespace(transformer=model, vae_scale_factor_spatial=1)
             rotary = CogVideoXPipeline._prepare_rotary_positional_embeddings(
                 sizes, height=height, width=width, num_frames=frames, device=x_t.device
             )
         prediction = denoiser(
-            # The transformer wants frames before channels.
+            # The transformer takes frames before channels.
             hidden_states=x_t.transpose(1, 2),
             encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
             timestep=timestep,

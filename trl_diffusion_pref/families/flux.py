@@ -6,22 +6,25 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from .base import Family, call_default, encode_with_autoencoder_kl
+from .base import Family, call_default
 
 
 class FluxFamily(Family):
     """`FluxPipeline`.
 
     Args:
-        training_guidance: What a transformer with a guidance embedding (Flux.1-dev) is told in training. The README of
-            diffusers' training examples passes 1, at which the embedding asks for no guidance and the loss's target is
-            what the model should predict; the sampler's default is 3.5. For another one
+        training_guidance: The guidance that a transformer with a guidance embedding (Flux.1-dev) is conditioned on in
+            training. The README of diffusers' training examples passes 1, at which the embedding asks for no guidance
+            and the loss's target is what the model should predict; the sampler's default is 3.5. To change it:
             `register_family(FluxFamily(training_guidance=3.5))`.
     """
 
     pipeline_class = "FluxPipeline"
+    denoiser_class = "FluxTransformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    guidance_layout = "separate"
+    shared_arguments = ("img_ids", "txt_ids")
     # examples/dreambooth/train_dreambooth_lora_flux.py
     lora_target_modules = (
         "attn.to_k",
@@ -37,27 +40,36 @@ class FluxFamily(Family):
         "ff_context.net.0.proj",
         "ff_context.net.2",
     )
+    packing = 4
+    flow = True
 
     def __init__(self, training_guidance: float = 1.0) -> None:
         self.training_guidance = training_guidance
 
-    def resolution(self, pipeline: FluxPipeline) -> int:
-        return pipeline.default_sample_size * pipeline.vae_scale_factor
+    def distilled(self, pipeline: FluxPipeline) -> str | None:
+        if self.denoiser_config(pipeline).guidance_embeds:
+            return None
+        return "its transformer's config has guidance_embeds=False, as Flux.1-schnell's has"
+
+    def conditioning_shapes(self, pipeline: FluxPipeline) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser_config(pipeline)
+        shapes: dict[str, tuple[int, ...]] = {
+            "prompt_embeds": (call_default(pipeline, "max_sequence_length"), config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
+        return shapes | ({"guidance": ()} if config.guidance_embeds else {})
 
     def size_step(self, pipeline: FluxPipeline) -> int:
         # Two by two latents are packed into one token, outside the transformer.
         return 2 * pipeline.vae_scale_factor
 
     def encode_prompts(self, pipeline: FluxPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """`guidance`, `(len(prompts),)`, is there where the transformer embeds it."""
+        """Includes `guidance`, `(len(prompts),)`, if the transformer embeds it."""
         with torch.no_grad():
             prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
                 list(prompts), device=self.text_device(pipeline)
             )
-        conditioning = {
-            "prompt_embeds": prompt_embeds.float(),
-            "pooled_prompt_embeds": pooled_prompt_embeds.float(),
-        }
+        conditioning = {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled_prompt_embeds.float()}
         if pipeline.transformer.config.guidance_embeds:
             conditioning["guidance"] = torch.full((len(prompts),), self.training_guidance, device=prompt_embeds.device)
         return conditioning
@@ -67,9 +79,6 @@ class FluxFamily(Family):
             "tokenizer": pipeline.tokenizer_max_length,
             "tokenizer_2": call_default(pipeline, "max_sequence_length"),
         }
-
-    def encode_images(self, pipeline: FluxPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return encode_with_autoencoder_kl(pipeline.vae, pixels)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         batch, channels, height, width = x_t.shape

@@ -7,20 +7,28 @@ from diffusers import PixArtSigmaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
-from .base import PeftFormatFamily, call_default, encode_with_autoencoder_kl
+from .base import call_default
+from .peft_format import PeftFormatFamily
 
 
 class PixArtSigmaFamily(PeftFormatFamily):
     """`PixArtSigmaPipeline`, which has no `load_lora_weights`."""
 
     pipeline_class = "PixArtSigmaPipeline"
+    denoiser_class = "PixArtTransformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
+    guidance_layout = "batched"
     # diffusers has no LoRA example for PixArt; these are the attention layers that its other examples train.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
     def resolution(self, pipeline: PixArtSigmaPipeline) -> int:
         return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+
+    def conditioning_shapes(self, pipeline: PixArtSigmaPipeline) -> dict[str, tuple[int, ...]]:
+        length = call_default(pipeline, "max_sequence_length")
+        width = self.denoiser_config(pipeline).caption_channels
+        return {"prompt_embeds": (length, width), "prompt_attention_mask": (length,)}
 
     def encode_prompts(self, pipeline: PixArtSigmaPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -35,8 +43,8 @@ class PixArtSigmaFamily(PeftFormatFamily):
 
     @staticmethod
     def _clean_caption(pipeline: PixArtSigmaPipeline) -> bool:
-        # __call__ cleans captions unless told otherwise, encode_prompt does not. Without these packages the pipeline
-        # would warn and go on without.
+        # __call__ cleans captions by default, encode_prompt does not. Without these packages the pipeline would warn
+        # and leave captions as they are.
         return call_default(pipeline, "clean_caption") and is_bs4_available() and is_ftfy_available()
 
     def token_limits(self, pipeline: PixArtSigmaPipeline) -> dict[str, int]:
@@ -45,16 +53,13 @@ class PixArtSigmaFamily(PeftFormatFamily):
     def tokenized_text(self, pipeline: PixArtSigmaPipeline, prompt: str) -> str:
         return pipeline._text_preprocessing(prompt, clean_caption=self._clean_caption(pipeline))[0]
 
-    def encode_images(self, pipeline: PixArtSigmaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return encode_with_autoencoder_kl(pipeline.vae, pixels)
-
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         prediction = denoiser(
             x_t,
             encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
             encoder_attention_mask=conditioning["prompt_attention_mask"].long(),
             timestep=timestep,
-            # Sigma, unlike Alpha at 1024 pixels, is not told the size.
+            # Sigma, unlike Alpha at 1024 pixels, is not conditioned on the size.
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]

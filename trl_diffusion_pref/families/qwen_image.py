@@ -6,20 +6,28 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from .base import Family, call_default, encode_with_channel_statistics
+from .autoencoders import decode_with_channel_statistics, encode_with_channel_statistics
+from .base import Family, call_default
 
 
 class QwenImageFamily(Family):
     """`QwenImagePipeline`."""
 
     pipeline_class = "QwenImagePipeline"
+    denoiser_class = "QwenImageTransformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
+    guidance_layout = "separate"
     # examples/dreambooth/train_dreambooth_lora_qwen_image.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    packing = 4
+    flow = True
+    read_by_value = ("prompt_embeds_mask",)
 
-    def resolution(self, pipeline: QwenImagePipeline) -> int:
-        return pipeline.default_sample_size * pipeline.vae_scale_factor
+    def conditioning_shapes(self, pipeline: QwenImagePipeline) -> dict[str, tuple[int, ...]]:
+        length = call_default(pipeline, "max_sequence_length")
+        width = self.denoiser_config(pipeline).joint_attention_dim
+        return {"prompt_embeds": (length, width), "prompt_embeds_mask": (length,)}
 
     def encode_prompts(self, pipeline: QwenImagePipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Padded to the pipeline's default `max_sequence_length`; the mask says how much of it is tokens."""
@@ -38,21 +46,24 @@ class QwenImageFamily(Family):
         }
 
     def token_limits(self, pipeline: QwenImagePipeline) -> dict[str, int]:
-        # The pipeline drops the beginning of its template, and what stands beyond the length.
+        # The pipeline drops the beginning of its template, and everything past the length.
         return {"tokenizer": pipeline.prompt_template_encode_start_idx + call_default(pipeline, "max_sequence_length")}
 
     def tokenized_text(self, pipeline: QwenImagePipeline, prompt: str) -> str:
         return pipeline.prompt_template_encode.format(prompt)
 
-    def encode_images(self, pipeline: QwenImagePipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        # An image is a clip of one frame.
+    def encode_samples(self, pipeline: QwenImagePipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        # An image is a video of one frame.
         mean, std = encode_with_channel_statistics(pipeline.vae, pixels.unsqueeze(2))
         return mean.squeeze(2), std.squeeze(2)
+
+    def decode_samples(self, pipeline: QwenImagePipeline, latents: Tensor) -> Tensor:
+        return decode_with_channel_statistics(pipeline.vae, latents.unsqueeze(2)).squeeze(2).clamp(-1, 1)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         batch, channels, height, width = x_t.shape
         mask = conditioning["prompt_embeds_mask"].long()
-        # As the pipeline: as long as the longest prompt, and no mask where all are as long.
+        # The pipeline cuts to the longest prompt of the batch, and passes no mask if all are equally long.
         length = int(mask.sum(dim=1).max())
         mask = mask[:, :length]
         prediction = denoiser(

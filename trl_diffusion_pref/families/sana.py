@@ -6,17 +6,26 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from .base import Family, call_default, encode_finite, model_inside
+from .autoencoders import decode_finite, encode_finite
+from .base import Family, call_default, model_inside
 
 
 class SanaFamily(Family):
     """`SanaPipeline`. Its autoencoder is deterministic: the standard deviation is 0."""
 
     pipeline_class = "SanaPipeline"
+    denoiser_class = "SanaTransformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
+    guidance_layout = "batched"
     # examples/dreambooth/train_dreambooth_lora_sana.py
     lora_target_modules = ("to_k", "to_q", "to_v")
+    flow = True
+
+    def conditioning_shapes(self, pipeline: SanaPipeline) -> dict[str, tuple[int, ...]]:
+        length = call_default(pipeline, "max_sequence_length")
+        width = self.denoiser_config(pipeline).caption_channels
+        return {"prompt_embeds": (length, width), "prompt_attention_mask": (length,)}
 
     def resolution(self, pipeline: SanaPipeline) -> int:
         return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
@@ -25,7 +34,7 @@ class SanaFamily(Family):
         return self._encode(pipeline, prompts, call_default(pipeline, "complex_human_instruction"))
 
     def encode_unconditional(self, pipeline: SanaPipeline) -> dict[str, Tensor]:
-        """The empty prompt, without the instruction that stands before all others."""
+        """The empty prompt, without the instruction that precedes every other prompt."""
         return self._encode(pipeline, [""], None)
 
     def _encode(
@@ -43,7 +52,7 @@ class SanaFamily(Family):
         return {"prompt_embeds": prompt_embeds.float(), "prompt_attention_mask": prompt_attention_mask.float()}
 
     def token_limits(self, pipeline: SanaPipeline) -> dict[str, int]:
-        # As the pipeline counts: of the instruction all, of the prompt so many.
+        # The pipeline counts the whole instruction, and then so many tokens of the prompt.
         instruction = len(pipeline.tokenizer.encode(self._instruction(pipeline)))
         return {"tokenizer": instruction + call_default(pipeline, "max_sequence_length") - 2}
 
@@ -55,11 +64,14 @@ class SanaFamily(Family):
     def _instruction(pipeline: SanaPipeline) -> str:
         return "\n".join(call_default(pipeline, "complex_human_instruction"))
 
-    def encode_images(self, pipeline: SanaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_samples(self, pipeline: SanaPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = encode_finite(
             pipeline.vae, pixels, lambda output: (output.latent, torch.zeros_like(output.latent))
         )
         return mean * pipeline.vae.config.scaling_factor, std
+
+    def decode_samples(self, pipeline: SanaPipeline, latents: Tensor) -> Tensor:
+        return decode_finite(pipeline.vae, latents / pipeline.vae.config.scaling_factor).clamp(-1, 1)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         prediction = denoiser(

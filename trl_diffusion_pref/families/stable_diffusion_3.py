@@ -6,16 +6,18 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from .base import Family, call_default, encode_with_autoencoder_kl
+from .base import Family, Recommended, call_default
 
 
 class StableDiffusion3Family(Family):
     """`StableDiffusion3Pipeline`, with any of its text encoders absent: zeros stand in for what they would give."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    denoiser_class = "SD3Transformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoder_names = encoder_names[1:]
+    guidance_layout = "batched"
     # examples/dreambooth/train_dreambooth_lora_sd3.py
     lora_target_modules = (
         "attn.add_k_proj",
@@ -27,9 +29,23 @@ class StableDiffusion3Family(Family):
         "attn.to_q",
         "attn.to_v",
     )
+    flow = True
+    recommended = {
+        # flow_grpo's own rate belongs to a LoRA in its setting; a default should be one that others found to hold.
+        "Diffusion-DPO": Recommended(
+            {"beta": 100.0, "learning_rate": 1e-5},
+            "beta: flow_grpo's code for SD 3.5 medium; learning rate: Flow-Factory, which reports that 1e-4 to 3e-4 "
+            "collapse (flow_grpo has 3e-4, for a LoRA of rank 32)",
+        ),
+    }
 
-    def resolution(self, pipeline: StableDiffusion3Pipeline) -> int:
-        return pipeline.default_sample_size * pipeline.vae_scale_factor
+    def conditioning_shapes(self, pipeline: StableDiffusion3Pipeline) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser_config(pipeline)
+        length = pipeline.tokenizer_max_length + call_default(pipeline, "max_sequence_length")
+        return {
+            "prompt_embeds": (length, config.joint_attention_dim),
+            "pooled_prompt_embeds": (config.pooled_projection_dim,),
+        }
 
     def encode_prompts(self, pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompts = list(prompts)
@@ -85,9 +101,6 @@ class StableDiffusion3Family(Family):
             hidden.append(output.hidden_states[-2])
             pooled.append(output[0])
         return torch.cat(hidden, dim=-1), torch.cat(pooled, dim=-1)
-
-    def encode_images(self, pipeline: StableDiffusion3Pipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return encode_with_autoencoder_kl(pipeline.vae, pixels)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return denoiser(

@@ -1,33 +1,65 @@
 """Stable Diffusion XL: two CLIP text encoders, pooled embeddings, conditioning on size and crop."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import ModelMixin, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from .base import Family, encode_with_autoencoder_kl
+from .autoencoders import channel_statistics, decode_finite, encode_with_autoencoder_kl
+from .base import Family, PartConfig, Recommended
+from .stable_diffusion import distilled_unet
 
 
 class StableDiffusionXLFamily(Family):
     """`StableDiffusionXLPipeline`."""
 
     pipeline_class = "StableDiffusionXLPipeline"
+    denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    guidance_layout = "batched"
     # examples/dreambooth/train_dreambooth_lora_sdxl.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    recommended = {
+        "MaPO": Recommended(
+            {"learning_rate": 1e-5},
+            "released code's README (arXiv 2406.06424), constant, full and LoRA; the paper's second version has 1e-7, "
+            "cosine, at 2,048 pairs a step",
+        ),
+        "Diffusion-DPO": Recommended(
+            {"beta": 5000.0, "learning_rate": 2e-5},
+            "released code (arXiv 2311.12908): 1e-8 times 2,048 pairs a step, 2.048e-5",
+        ),
+        "Self-NPO": Recommended(
+            {"learning_rate": 1e-7, "weight_decay": 0.0, "guidance_scale": -4.0},
+            "released Self-NPO code (arXiv 2505.11777), at 10 images a step and GPU",
+        ),
+    }
 
-    def resolution(self, pipeline: StableDiffusionXLPipeline) -> int:
-        return pipeline.default_sample_size * pipeline.vae_scale_factor
+    def takes_denoiser(self, denoiser: ModelMixin) -> bool:
+        return super().takes_denoiser(denoiser) and denoiser.config.get("addition_embed_type") == "text_time"
+
+    def published_parts(self) -> dict[str, Any]:
+        return {"tokenizer": PartConfig(model_max_length=77)}
+
+    def distilled(self, pipeline: StableDiffusionXLPipeline) -> str | None:
+        return distilled_unet(pipeline)
+
+    def conditioning_shapes(self, pipeline: StableDiffusionXLPipeline) -> dict[str, tuple[int, ...]]:
+        config = self.denoiser_config(pipeline)
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {
+            "prompt_embeds": (pipeline.tokenizer.model_max_length, config.cross_attention_dim),
+            "pooled_prompt_embeds": (pooled,),
+            "time_ids": (6,),
+        }
 
     def encode_prompts(self, pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         with torch.no_grad():
             prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
-                list(prompts),
-                device=self.text_device(pipeline),
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
+                list(prompts), device=self.text_device(pipeline), do_classifier_free_guidance=False
             )
         return {"prompt_embeds": prompt_embeds.float(), "pooled_prompt_embeds": pooled_prompt_embeds.float()}
 
@@ -55,17 +87,28 @@ class StableDiffusionXLFamily(Family):
         )
         return {"time_ids": time_ids[0]}
 
-    def encode_images(self, pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_samples(self, pipeline: StableDiffusionXLPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
         config = pipeline.vae.config
         # The published VAE overflows in float16; the one that is repaired for it says force_upcast=False.
         mean, std = encode_with_autoencoder_kl(pipeline.vae, pixels, in_float32=config.force_upcast)
-        if config.get("latents_mean") is None or config.get("latents_std") is None:
+        if not self._has_channel_statistics(pipeline):
             return mean, std
-        shift, scale = (
-            torch.tensor(values, device=mean.device).reshape(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        shift, scale = channel_statistics(pipeline.vae, mean)
         return (mean - shift * config.scaling_factor) / scale, std / scale
+
+    def decode_samples(self, pipeline: StableDiffusionXLPipeline, latents: Tensor) -> Tensor:
+        config = pipeline.vae.config
+        if self._has_channel_statistics(pipeline):
+            shift, scale = channel_statistics(pipeline.vae, latents)
+            latents = latents * scale + shift * config.scaling_factor
+        pixels = decode_finite(pipeline.vae, latents / config.scaling_factor, in_float32=config.force_upcast)
+        return pixels.clamp(-1, 1)
+
+    @staticmethod
+    def _has_channel_statistics(pipeline: StableDiffusionXLPipeline) -> bool:
+        """As Playground 2.5 has."""
+        config = pipeline.vae.config
+        return config.get("latents_mean") is not None and config.get("latents_std") is not None
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return denoiser(

@@ -1,22 +1,33 @@
 """Wan (text to video): a UMT5 text encoder, a video DiT, a video autoencoder, rectified flow."""
 
-from diffusers import WanPipeline
+from diffusers import ModelMixin, WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
-from .base import VideoFamily, call_default, encode_with_channel_statistics
+from .autoencoders import decode_with_channel_statistics, encode_with_channel_statistics
+from .base import Recommended, call_default
+from .modalities import VideoFamily
 
 
 class WanFamily(VideoFamily):
     """`WanPipeline` with one transformer (Wan 2.1)."""
 
     pipeline_class = "WanPipeline"
+    denoiser_class = "WanTransformer3DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
+    guidance_layout = "separate"
     # diffusers has no LoRA example for Wan; these are the attention layers that its other examples train.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    flow = True
+    recommended = {
+        "Diffusion-DPO": Recommended(
+            {"beta": 500.0, "learning_rate": 5e-6},
+            "Flow-DPO's paper (arXiv 2501.13918, Table 10), for a video model: LoRA of rank 64, 64 pairs a step",
+        ),
+    }
 
-    def denoiser(self, pipeline: WanPipeline) -> nn.Module:
+    def denoiser(self, pipeline: WanPipeline) -> ModelMixin:
         """The transformer.
 
         Raises:
@@ -30,19 +41,27 @@ class WanFamily(VideoFamily):
         if pipeline.config.expand_timesteps:
             raise ValueError(
                 "This WanPipeline gives each token a time of its own (expand_timesteps, Wan 2.2 5B). Only pipelines "
-                "with one time per clip can be trained."
+                "with one time per video can be trained."
             )
         return pipeline.transformer
 
     def video_size(self, pipeline: WanPipeline) -> tuple[int, int, int]:
-        return tuple(call_default(pipeline, name) for name in ("num_frames", "height", "width"))
+        frames, height, width = (call_default(pipeline, name) for name in ("num_frames", "height", "width"))
+        return frames, height, width
+
+    def conditioning_shapes(self, pipeline: WanPipeline) -> dict[str, tuple[int, ...]]:
+        width = self.denoiser_config(pipeline).text_dim
+        return {"prompt_embeds": (call_default(pipeline, "max_sequence_length"), width)}
 
     def tokenized_text(self, pipeline: WanPipeline, prompt: str) -> str:
         return prompt_clean(prompt)
 
-    def encode_images(self, pipeline: WanPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        self.check_clips(pipeline, pixels)
+    def encode_samples(self, pipeline: WanPipeline, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_frames(pipeline, pixels)
         return encode_with_channel_statistics(pipeline.vae, pixels)
+
+    def decode_samples(self, pipeline: WanPipeline, latents: Tensor) -> Tensor:
+        return decode_with_channel_statistics(pipeline.vae, latents).clamp(-1, 1)
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return denoiser(

@@ -4,171 +4,208 @@ import functools
 import inspect
 import logging
 import math
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from ..architecture import different_parameters
 from ..fingerprint import rounded_fingerprints
 from .adapters import NegativeAdapter
 from .halves import join_halves, take_half
 from .second_denoiser import merged_denoiser
-from .sources import NegativeLoRA, NegativeWeights, denoiser_name, read_negative
+from .sources import Model, Negative, denoiser_name, families, guided_family, read_negative
 
 
-# Not accelerate's, which needs an accelerator to have been made.
+# Not accelerate's logger, which needs an accelerator to exist.
 logger = logging.getLogger(__name__)
 _MARK = "_negative_guidance"
-# How pipelines call their denoiser, and whether they do, is each one's own affair: these are tested. Batched: one
-# call on [negative; positive]. Named: two calls, told apart by diffusers' `cache_context`.
-_BATCHED = (
-    "AudioLDM2Pipeline",
-    "CogVideoXPipeline",
-    "PixArtSigmaPipeline",
-    "SanaPipeline",
-    "StableAudioPipeline",
-    "StableDiffusion3Pipeline",
-    "StableDiffusionImg2ImgPipeline",
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-)
-_NAMED = ("FluxPipeline", "QwenImagePipeline", "WanPipeline")
 
 
 class NegativeGuidance:
-    """A negative model at work in a pipeline; made by [`add_negative_guidance`].
+    """A negative model that is active in a pipeline; made by [`add_negative_guidance`].
 
     The pipeline's own code stays as it is: only its denoiser's `forward` is wrapped. In a call on [negative; positive]
     each half is computed by itself, with the adapters or the denoiser that belong to it; where the pipeline calls
-    twice, each call is told apart by the name that the pipeline gives it (diffusers' `cache_context`).
+    twice, the name that it gives each call (diffusers' `cache_context`) says which side it is. Threads may sample at
+    once as far as the pipeline itself allows it: a lock lets them take turns call by call.
+
+    Attributes:
+        alpha, beta: The strengths, from 0 on. A new value acts from the denoiser's next call on. Setting alpha raises
+            where `base` was given, and beta where the negative model is full weights: they are merged then.
+        second: The second denoiser; None where the negative side is computed by the pipeline's own.
     """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
-        negative: NegativeLoRA | NegativeWeights,
+        negative: Negative,
         base: nn.Module | None,
         alpha: float,
         beta: float,
         batched: bool,
     ) -> None:
         self.pipeline, self.batched = pipeline, batched
-        self.denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline))
-        whole = isinstance(negative, NegativeWeights)
+        self.denoiser: ModelMixin = getattr(pipeline, denoiser_name(pipeline))
+        family = guided_family(pipeline)
+        # In an unknown pipeline every name counts that any family shares.
+        self._shared = tuple(name for each in ([family] if family else families()) for name in each.shared_arguments)
+        self._first_argument = list(inspect.signature(type(self.denoiser).forward).parameters)[1]
+        self.alpha, self.beta = alpha, beta
+        self._merged = {"alpha": base is not None, "beta": negative.denoiser is not None}
+        self.second: ModelMixin | None = None
         # Without a base there is no positive offset but the adapters', which are scaled where they are.
-        needs_second = whole or (base is not None and alpha != 1.0)
-        second = self.denoiser
-        if needs_second:
-            second = merged_denoiser(self.denoiser, base, negative.denoiser if whole else None, alpha, beta)
-        if not whole:
-            beta *= negative.scale
-        self._adapters = NegativeAdapter(pipeline, second, None if whole else negative, alpha, beta)
-        self.second = second if needs_second else None
-        if self.second is not None:
-            self._adapters.use_negative()
-        self._call: str | None = None
+        if negative.denoiser is not None or (base is not None and alpha != 1.0):
+            self.second = merged_denoiser(self.denoiser, base, negative.denoiser, alpha, beta)
+        self._adapter = NegativeAdapter(pipeline, self.second or self.denoiser, negative)
+        # Switching adapters changes the denoiser for all threads; which side a call is on belongs to its thread.
+        self._lock, self._thread = threading.RLock(), threading.local()
         self._install()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NegativeGuidance":
+        raise TypeError(
+            "A denoiser with negative guidance cannot be copied. Call remove() first, copy, and add it again."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("alpha", "beta"):
+            if name in vars(self) and self._merged[name]:
+                raise AttributeError(
+                    f"{name} is part of merged weights here and cannot be changed. Call remove(), and "
+                    f"add_negative_guidance(..., {name}={value}) again."
+                )
+            value = _checked(name, value)
+        super().__setattr__(name, value)
 
     # ---- Wrapping ------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
         denoiser = self.denoiser
         own = vars(denoiser)
-        self._own_before = {name: own[name] for name in ("forward", "cache_context") if name in own}
         # Offloading wraps too, keeps what it wrapped under this name, and is taken off and put on again after each
-        # picture. Ours goes inside, where it survives that.
+        # image. This wrapper goes inside, where it survives that.
         place = "_old_forward" if "_old_forward" in own else "forward"
+        replaced = ("cache_context",) if "_old_forward" in own else ("forward", "cache_context")
+        self._own_before = {name: own[name] for name in replaced if name in own}
         original = getattr(denoiser, place)
         # The signature stays readable: pipelines look at it.
-        self._wrapped = functools.update_wrapper(functools.partial(self._forward, original), original)
+        self._wrapped = functools.partial(self._forward, original)
+        functools.update_wrapper(self._wrapped, original)
         setattr(denoiser, place, self._wrapped)
         if hasattr(denoiser, "cache_context"):
-            denoiser.cache_context = functools.partial(self._cache_context, denoiser.cache_context)
+            own["cache_context"] = functools.partial(self._cache_context, denoiser.cache_context)
         setattr(denoiser, _MARK, self)
 
     def remove(self) -> None:
         """Restores the pipeline exactly; does nothing the second time."""
         denoiser = self.denoiser
-        if vars(denoiser).get(_MARK) is not self:
-            return
         own = vars(denoiser)
+        if own.get(_MARK) is not self:
+            return
         if own.get("_old_forward") is self._wrapped:
             denoiser._old_forward = self._wrapped.args[0]
         elif own.get("forward") is self._wrapped:
             del denoiser.forward
         own.pop("cache_context", None)
         delattr(denoiser, _MARK)
-        if "cache_context" in self._own_before:
-            denoiser.cache_context = self._own_before["cache_context"]
-        if "forward" in self._own_before and "forward" not in own:
-            denoiser.forward = self._own_before["forward"]
+        for name, value in self._own_before.items():
+            own.setdefault(name, value)
         if self.second is None:
-            self._adapters.remove()
+            self._adapter.remove()
         self.second = None
 
     @contextmanager
-    def _cache_context(self, original: Any, name: str, **kwargs: Any) -> Iterator[None]:
-        before, self._call = self._call, name
+    def _cache_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
+        before, self._thread.call = getattr(self._thread, "call", None), name
         try:
             with original(name, **kwargs):
                 yield
         finally:
-            self._call = before
+            self._thread.call = before
 
     # ---- One call ------------------------------------------------------------------------------------------------
 
-    def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.batched:
-            return self._negative(original, args, kwargs) if self._call == "uncond" else original(*args, **kwargs)
-        sample = _sample(args, kwargs)
-        if not self._is_both_sides(sample):
-            return original(*args, **kwargs)
-        batch = len(sample)
-        halves = [(take_half(args, half, batch), take_half(kwargs, half, batch)) for half in (0, 1)]
-        negative = self._negative(original, *halves[0])
-        return join_halves(negative, original(*halves[1][0], **halves[1][1]))
-
-    def _is_both_sides(self, sample: Tensor) -> bool:
-        """Whether a call is on [negative; positive], which are the same latents twice.
-
-        Some pipelines do not say whether guidance is on, and some call once more on one side (Stable Diffusion 3 with
-        skipped layers).
-        """
-        if len(sample) % 2 or not getattr(self.pipeline, "do_classifier_free_guidance", True):
-            return False
-        one, other = sample.chunk(2)
-        return torch.equal(one, other)
-
-    def _negative(self, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.second is None:
-            self._adapters.use_negative()
-            try:
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        caller = _calling_pipeline()
+        if caller is not None and type(caller) is not type(self.pipeline):
+            self._check_layout(caller)
+        with self._lock:
+            if not self.batched:
+                negative = getattr(self._thread, "call", None) == "uncond"
+                return self._negative(original, args, kwargs) if negative else original(*args, **kwargs)
+            sample = self._sample(args, kwargs)
+            if not _is_both_sides(sample, caller):
                 return original(*args, **kwargs)
+            halves = [take_half((args, kwargs), half, len(sample), self._shared) for half in (0, 1)]
+            output = self._negative(original, *halves[0])
+            args, kwargs = halves[1]
+            return join_halves(output, original(*args, **kwargs))
+
+    def _sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The noisy latents of a denoiser's call."""
+        return args[0] if args else kwargs[self._first_argument]
+
+    def _negative(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._adapter.negative_side(self.alpha, self.beta):
+            if self.second is None:
+                return original(*args, **kwargs)
+            self.second.to(self._sample(args, kwargs).device)
+            if self.second.dtype != self.denoiser.dtype:
+                self.second.to(self.denoiser.dtype)
+            try:
+                return self.second(*args, **kwargs)
             finally:
-                self._adapters.use_users()
-        self.second.to(_sample(args, kwargs).device)
-        if self.second.dtype != self.denoiser.dtype:
-            self.second.to(self.denoiser.dtype)
-        try:
-            return self.second(*args, **kwargs)
-        finally:
-            if hasattr(self.denoiser, "_hf_hook"):
-                # The pipeline is short of memory: what it keeps off the device between calls, this does too.
-                self.second.to("cpu")
+                if hasattr(self.denoiser, "_hf_hook"):
+                    # The pipeline is short of memory: what it keeps off the device between calls, this does too.
+                    self.second.to("cpu")
+
+    def _check_layout(self, caller: DiffusionPipeline) -> None:
+        family = guided_family(caller)
+        if family is None or (family.guidance_layout == "batched") != self.batched:
+            raise RuntimeError(
+                f"A {type(caller).__name__} shares the denoiser of a guided {type(self.pipeline).__name__}, and it is "
+                "not known to call the denoiser in the same way. Remove the guidance before using it, or load it with "
+                "a denoiser of its own."
+            )
+
+
+def _calling_pipeline() -> DiffusionPipeline | None:
+    """The pipeline whose `__call__` is running in this thread; None where the denoiser is called directly."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+def _is_both_sides(sample: Tensor, caller: DiffusionPipeline | None) -> bool:
+    """Whether a call is on [negative; positive], which are the same latents twice.
+
+    Some pipelines do not say whether guidance is on, and some call once more on one side (Stable Diffusion 3 with
+    skipped layers).
+    """
+    if len(sample) % 2 or not getattr(caller, "do_classifier_free_guidance", True):
+        return False
+    return torch.equal(*sample.chunk(2))
+
+
+def _checked(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value}: it must be a number from 0 on; the paper uses 0 to 1.")
+    return float(value)
 
 
 def add_negative_guidance(
     pipeline: DiffusionPipeline,
-    negative: str | os.PathLike | DiffusionPipeline | nn.Module,
+    negative: Model,
     alpha: float = 1.0,
     beta: float = 1.0,
     *,
-    base: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
+    base: Model | None = None,
     batches_both_sides: bool | None = None,
 ) -> NegativeGuidance:
     """Makes a pipeline use a negative model as the unconditional side of its guidance until `remove()` is called.
@@ -179,52 +216,55 @@ def add_negative_guidance(
 
     With a LoRA as negative there is no second denoiser in memory, unless the positive side is fully tuned and alpha is
     not 1. Prompts, negative prompts, guidance_rescale, callbacks, schedulers and offloading work as without it; with
-    guidance off it is the plain pipeline.
+    guidance off it is the plain pipeline. A LoRA may be loaded, scaled and unloaded meanwhile, but not fused.
+
+    The guidance belongs to the denoiser: another pipeline that shares it is guided as well whenever its own guidance
+    is on, and raises where it calls the denoiser in another way or one that is not known.
 
     Args:
-        pipeline: A diffusers pipeline with classifier-free guidance. Another pipeline that shares its denoiser is not
-            served: give that one a negative model of its own after removing this one.
+        pipeline: A diffusers pipeline with classifier-free guidance.
         negative: A LoRA (file, folder, Hub id), full weights (folder or Hub id of a denoiser or pipeline), an output
             folder or checkpoint of a trainer, a loaded pipeline or denoiser.
         alpha: How much of the positive offset the negative side has, 0 to 1. Needs `base` to act on a positive side
             that is not made of LoRAs.
         beta: How much of the negative offset, 0 to 1; above 1 exaggerates it.
         base: theta, where the pipeline's denoiser was fully tuned and either alpha is not 1 or `negative` is no LoRA.
-        batches_both_sides: For pipelines that are not known: whether one call of the denoiser gets [negative;
+        batches_both_sides: For pipelines of unknown classes: whether one call of the denoiser gets [negative;
             positive] (True), or each side has a call of its own, inside `cache_context("cond")` and
             `cache_context("uncond")` (False).
 
     Returns:
-        The guidance at work, with `remove()`.
+        The active guidance, with `remove()`; its `alpha` and `beta` can be set.
 
     Raises:
         ValueError: A negative model that does not fit, a pipeline without guidance or that is guided already, a fused
             LoRA, alpha or beta that is not a number from 0 on.
         TypeError: Not a pipeline, or something that is no model as negative.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}={value}: it must be a number from 0 on; the paper uses 0 to 1.")
+    alpha, beta = _checked("alpha", alpha), _checked("beta", beta)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if batches_both_sides is None:
-        batches_both_sides = _known_layout(pipeline)
+        batches_both_sides = _known_layout(pipeline) == "batched"
     _check_guidable(pipeline, denoiser)
-    base_denoiser = None if base is None else _whole_denoiser(base, pipeline, "base")
+    theta, name = None, getattr(pipeline, "name_or_path", None) or "another one"
+    if base is not None:
+        whole = read_negative(base, pipeline)
+        theta, name = whole.denoiser, whole.name
+        if theta is None:
+            raise ValueError(f"base is a LoRA ({name}), and a whole denoiser is needed.")
     read = read_negative(negative, pipeline)
-    if isinstance(read, NegativeWeights):
-        _check_architecture(denoiser, read.denoiser, read.name)
-    _warn_of_another_base(base_denoiser or denoiser, pipeline, base, read)
-    return NegativeGuidance(pipeline, read, base_denoiser, float(alpha), float(beta), batches_both_sides)
+    _warn_of_another_base(theta or denoiser, name, read)
+    return NegativeGuidance(pipeline, read, theta, alpha, beta, batches_both_sides)
 
 
 @contextmanager
 def negative_guidance(
     pipeline: DiffusionPipeline,
-    negative: str | os.PathLike | DiffusionPipeline | nn.Module,
+    negative: Model,
     alpha: float = 1.0,
     beta: float = 1.0,
     *,
-    base: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
+    base: Model | None = None,
     batches_both_sides: bool | None = None,
 ) -> Iterator[DiffusionPipeline]:
     """[`add_negative_guidance`] for the duration of a `with` block, which then leaves the pipeline as it was.
@@ -243,86 +283,59 @@ def negative_guidance(
         guidance.remove()
 
 
-def _sample(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The noisy latents of a denoiser's call."""
-    return args[0] if args else kwargs["hidden_states" if "hidden_states" in kwargs else "sample"]
-
-
-def _known_layout(pipeline: DiffusionPipeline) -> bool:
-    name = type(pipeline).__name__
-    if name in _BATCHED or name in _NAMED:
-        return name in _BATCHED
+def _known_layout(pipeline: DiffusionPipeline) -> Literal["batched", "separate"]:
+    family = guided_family(pipeline)
+    if family is not None and family.guidance_layout is not None:
+        return family.guidance_layout
+    known = [each for each in families() if each.guidance_layout is not None]
+    names = sorted(name for each in known for name in (each.pipeline_class, *each.guided_pipelines))
     raise ValueError(
-        f"It is not known how a {name} calls its denoiser for guidance; known are "
-        f"{', '.join(sorted(_BATCHED + _NAMED))}. Look into its __call__ and pass batches_both_sides=True where "
-        "one call gets [negative; positive] stacked, or False where each side has a call of its own within "
-        'cache_context("cond") and cache_context("uncond").'
+        f"It is not known how a {type(pipeline).__name__} calls its denoiser for guidance; known are "
+        f"{', '.join(names)}. Look into its __call__ and pass batches_both_sides=True where one call gets [negative; "
+        'positive] stacked, or False where each side has a call of its own within cache_context("cond") and '
+        'cache_context("uncond").'
     )
 
 
 def _check_guidable(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:
+    name, kind = denoiser_name(pipeline), type(pipeline).__name__
     if not isinstance(denoiser, ModelMixin):
         raise ValueError(
-            f"The pipeline's {denoiser_name(pipeline)} is wrapped in a {type(denoiser).__name__}. Put the model "
-            "itself there: PeftModel.get_base_model() keeps the adapter in it; compile after the guidance was "
-            "added, or not at all."
+            f"The pipeline's {name} is wrapped in a {type(denoiser).__name__}. Put the model itself there: "
+            "PeftModel.get_base_model() keeps the adapter in it; compile after the guidance was added, or not at all."
         )
     if hasattr(denoiser, _MARK):
         raise ValueError("This pipeline has a negative model already. Call remove() on it first.")
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    distilled = denoiser.config.get("time_cond_proj_dim") is not None
-    if distilled or "negative_prompt" not in parameters:
+    if denoiser.config.get("time_cond_proj_dim") is not None or "negative_prompt" not in parameters:
         raise ValueError(
-            f"This {type(pipeline).__name__} has no classifier-free guidance (its denoiser is distilled to draw "
-            "without), so there is no negative side. Use the model that it was distilled from."
+            f"This {kind} has no classifier-free guidance (its denoiser is distilled to sample without), so there is "
+            "no negative side. Use the model that it was distilled from."
         )
-    if getattr(pipeline, "transformer_2", None) is not None:
-        raise ValueError(
-            f"This {type(pipeline).__name__} has two transformers, one per range of noise, and a negative model is "
-            "of one."
-        )
+    if getattr(pipeline, f"{name}_2", None) is not None:
+        raise ValueError(f"This {kind} has two {name}s, one per range of noise, and a negative model is of one.")
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             "The denoiser caches what it computed at earlier steps, which the two sides would share. Call "
-            f"pipeline.{denoiser_name(pipeline)}.disable_cache() first."
+            f"pipeline.{name}.disable_cache() first."
         )
     if "true_cfg_scale" in parameters:
         logger.warning(
-            f"In a {type(pipeline).__name__} guidance_scale is an input of a distilled denoiser. The negative "
-            "model acts only where you pass true_cfg_scale above 1 and a negative_prompt."
+            f"In a {kind} guidance_scale is an input of a distilled denoiser. The negative model acts only where you "
+            "pass true_cfg_scale above 1 and a negative_prompt."
         )
 
 
-def _whole_denoiser(given: Any, pipeline: DiffusionPipeline, what: str) -> nn.Module:
-    read = read_negative(given, pipeline)
-    if not isinstance(read, NegativeWeights):
-        raise ValueError(f"{what} is a LoRA ({read.name}), and a whole denoiser is needed.")
-    _check_architecture(getattr(pipeline, denoiser_name(pipeline)), read.denoiser, read.name)
-    return read.denoiser
-
-
-def _check_architecture(denoiser: nn.Module, other: nn.Module, name: str) -> None:
-    different = different_parameters(denoiser, other)
-    if different:
-        raise ValueError(
-            f"{name} has another architecture ({type(other).__name__}) than the pipeline's {type(denoiser).__name__}: "
-            f"{len(different)} parameters differ, first {different[0]}. Train the negative model from the same base."
-        )
-
-
-def _warn_of_another_base(
-    theta: nn.Module, pipeline: DiffusionPipeline, base: Any, negative: NegativeLoRA | NegativeWeights
-) -> None:
-    stored = (negative.record or {}).get("base_fingerprint_rounded")
+def _warn_of_another_base(theta: nn.Module, name: str, negative: Negative) -> None:
+    record = negative.record or {}
+    stored = record.get("base_fingerprint_rounded")
     if not stored:
         return
     own = rounded_fingerprints(theta)
     # The same weights in another precision agree in one of the two.
     if all(own[precision] != value for precision, value in stored.items()):
-        name = base if isinstance(base, (str, os.PathLike)) else getattr(pipeline, "name_or_path", None)
-        trained_from = negative.record["base_model"] or "a local pipeline"
         logger.warning(
-            f"The negative model {negative.name} was trained from {trained_from} "
-            f"(fingerprint {negative.record['base_fingerprint']}), and the pipeline is {name or 'another one'}, whose "
-            "weights differ. Pass base= where the pipeline was tuned from that model; else expect poor pictures."
+            f"The negative model {negative.name} was trained from {record['base_model'] or 'a local pipeline'} "
+            f"(fingerprint {record['base_fingerprint']}), and the pipeline is {name}, whose weights differ. Pass "
+            "base= where the pipeline was tuned from that model; else expect poor images."
         )

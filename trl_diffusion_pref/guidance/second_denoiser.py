@@ -4,14 +4,15 @@ import copy
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import nn
 
-from ..architecture import own_weights
+from ..fingerprint import own_weights
 
 
 def merged_denoiser(
-    positive: nn.Module, base: nn.Module | None, negative: nn.Module | None, alpha: float, beta: float
-) -> nn.Module:
+    positive: ModelMixin, base: nn.Module | None, negative: nn.Module | None, alpha: float, beta: float
+) -> ModelMixin:
     """A copy of the positive denoiser with `theta + alpha (theta_pos - theta) + beta (theta_neg - theta)`.
 
     Its adapters, if it has any, are copied as they are. Sums are taken in float32, one parameter at a time.
@@ -32,21 +33,11 @@ def merged_denoiser(
         )
     # A denoiser that is kept off the device carries hooks, and a copy's would move the original.
     second = remove_hook_from_module(copy.deepcopy(positive), recurse=True)
-    starts = None if base is None else base.state_dict()
-    ends = None if negative is None else negative.state_dict()
+    bases, negatives = (own_weights(model) if model is not None else {} for model in (base, negative))
     with torch.no_grad():
         for name, value in own_weights(second).items():
             if value.is_floating_point():
-                start, end = (None if weights is None else weights[name] for weights in (starts, ends))
-                value.copy_(_merge(value, start, end, alpha, beta))
+                start = (bases[name] if bases else value).to(value.device).float()
+                offset = negatives[name].to(value.device).float() - start if negatives else 0.0
+                value.copy_(start + alpha * (value.float() - start) + beta * offset)
     return second.eval().requires_grad_(False)
-
-
-def _merge(positive: Tensor, base: Tensor | None, negative: Tensor | None, alpha: float, beta: float) -> Tensor:
-    place = positive.device
-    positive = positive.float()
-    start = positive if base is None else base.to(place).float()
-    merged = start + alpha * (positive - start)
-    if negative is not None:
-        merged = merged + beta * (negative.to(place).float() - start)
-    return merged

@@ -1,81 +1,80 @@
 """What a user may pass as a negative model, read into one of two forms: a LoRA, or a whole denoiser."""
 
-import inspect
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.utils import WEIGHTS_NAME
 from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..fingerprint import rounded_fingerprints, weights_fingerprint
-from ..run_record import RUN_RECORD, read_run_record
+from ..export.weights import RUN_RECORD, read_run_record
+from ..families import Family, family_named, supported_pipelines
+from ..fingerprint import different_parameters, rounded_fingerprints, weights_fingerprint
+from ..host_libraries import dtype_option
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-# PEFT's files have names as seen from PeftModel.
-_PEFT_PREFIX = "base_model.model."
+Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | nn.Module
 
 
 @dataclass(frozen=True)
-class NegativeLoRA:
-    """A LoRA on the denoiser.
+class Negative:
+    """A negative model: a whole denoiser, or a LoRA on the pipeline's own.
 
     Args:
-        state_dict: With the denoiser's name as prefix, as pipelines' `lora_state_dict` gives it.
-        options: Further arguments of the denoiser's `load_lora_adapter`: metadata (the adapter's configuration, with
-            the same prefix), or network alphas.
-        record: What the training wrote about its base, where there is such a file.
         name: For messages.
-        scale: At which it was set where it comes from.
+        record: What the training wrote about its base, where there is such a file.
+        denoiser: Of the pipeline's architecture; None for a LoRA.
+        state_dict: The LoRA with the denoiser's name as prefix, as pipelines' `lora_state_dict` gives it.
+        options: Further arguments of the denoiser's `load_lora_adapter`: metadata, or network alphas.
     """
 
-    state_dict: dict[str, Tensor]
-    options: dict[str, Any]
-    record: dict[str, Any] | None
     name: str
-    scale: float = 1.0
+    record: dict[str, Any] | None = None
+    denoiser: nn.Module | None = None
+    state_dict: dict[str, Tensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class NegativeWeights:
-    """A whole denoiser.
+def families() -> Iterator[Family]:
+    """All families, those registered from outside included."""
+    return map(family_named, supported_pipelines())
 
-    Args:
-        denoiser: Of the pipeline's architecture.
-        record, name: As in [`NegativeLoRA`].
-    """
 
-    denoiser: nn.Module
-    record: dict[str, Any] | None
-    name: str
+def guided_family(pipeline: DiffusionPipeline) -> Family | None:
+    """The family that says how a pipeline of this class is guided; None for an unknown class."""
+    name = type(pipeline).__name__
+    return next((each for each in families() if name in (each.pipeline_class, *each.guided_pipelines)), None)
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The pipeline's attribute that predicts, "unet" or "transformer".
+    """The pipeline's attribute that predicts, as its family says; for unknown pipelines the first one of any family.
 
     Raises:
-        TypeError: Not a pipeline, or one without either.
+        TypeError: Not a pipeline, or one without such an attribute.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise TypeError(f"pipeline is a {type(pipeline).__name__}; pass a loaded diffusers pipeline.")
-    for name in ("unet", "transformer"):
+    family = guided_family(pipeline)
+    names = sorted({each.denoiser_name for each in ([family] if family else families())})
+    for name in names:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
-    raise TypeError(f"{type(pipeline).__name__} has neither a unet nor a transformer.")
+    raise TypeError(f"{type(pipeline).__name__} has no denoiser called {' or '.join(names)}.")
 
 
-def read_negative(negative: Any, pipeline: DiffusionPipeline) -> NegativeLoRA | NegativeWeights:
+def read_negative(negative: Model, pipeline: DiffusionPipeline) -> Negative:
     """Reads what was passed as the negative model.
 
     Args:
@@ -98,40 +97,18 @@ def read_negative(negative: Any, pipeline: DiffusionPipeline) -> NegativeLoRA | 
     if negative is own:
         raise ValueError(
             "negative is the pipeline's own denoiser, so both sides of the guidance would be the same. Load the base "
-            "pipeline afresh and guide that one."
+            "pipeline again and guide that one."
         )
-    adapters = sorted(
-        {name for part in negative.modules() if isinstance(part, BaseTunerLayer) for name in part.active_adapters}
-    )
+    layers = [part for part in negative.modules() if isinstance(part, BaseTunerLayer)]
+    adapters = sorted({name for layer in layers for name in layer.active_adapters})
     if not adapters:
-        return NegativeWeights(negative, None, type(negative).__name__)
+        return Negative(type(negative).__name__, denoiser=_same_architecture(negative, own, type(negative).__name__))
     if len(adapters) > 1:
         raise ValueError(
-            f"The negative model carries the adapters {', '.join(adapters)}; exactly one can be taken. Save the one "
+            f"The negative model carries the adapters {', '.join(adapters)}; exactly one can be used. Save the one "
             "you mean with save_lora_weights and pass that folder."
         )
-    (adapter,), prefix = adapters, denoiser_name(pipeline)
-    layers = [part for part in negative.modules() if isinstance(part, BaseTunerLayer) and adapter in part.scaling]
-    if any(layer.disable_adapters for layer in layers):
-        raise ValueError(
-            f"The negative model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
-            "pass the folder that it was saved to."
-        )
-    config = _without_dropout(negative.peft_config[adapter])
-    state_dict = get_peft_model_state_dict(negative, adapter_name=adapter)
-    root = layers[0].r[adapter] ** 0.5 if config.get("use_rslora") else layers[0].r[adapter]
-    return NegativeLoRA(
-        {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in state_dict.items()},
-        {"metadata": {f"{prefix}.{key}": value for key, value in config.items()}},
-        {
-            "base_model": getattr(negative, "name_or_path", None) or type(negative).__name__,
-            "base_fingerprint": weights_fingerprint(negative),
-            "base_fingerprint_rounded": rounded_fingerprints(negative),
-        },
-        f"adapter {adapter!r}",
-        # set_adapters(..., weights) changes this and nothing else
-        layers[0].scaling[adapter] * root / layers[0].lora_alpha[adapter],
-    )
+    return _read_adapter(negative, adapters[0], denoiser_name(pipeline))
 
 
 def _unwrapped(denoiser: nn.Module) -> nn.Module:
@@ -140,113 +117,123 @@ def _unwrapped(denoiser: nn.Module) -> nn.Module:
     return denoiser.get_base_model() if isinstance(denoiser, PeftModel) else denoiser
 
 
-def _read_place(place: str, pipeline: DiffusionPipeline) -> NegativeLoRA | NegativeWeights:
+def _read_adapter(denoiser: ModelMixin, adapter: str, prefix: str) -> Negative:
+    layers = [part for part in denoiser.modules() if isinstance(part, LoraLayer) and adapter in part.scaling]
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError(
+            f"The negative model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
+            "pass the folder that it was saved to."
+        )
+    config = denoiser.peft_config[adapter].to_dict()
+    power = 0.5 if config["use_rslora"] else 1.0
+    scales = [layer.scaling[adapter] * layer.r[adapter] ** power / layer.lora_alpha[adapter] for layer in layers]
+    if max(scales) - min(scales) > 1e-6 * max(scales):
+        raise ValueError(
+            f"The negative model's adapter {adapter!r} has scales from {min(scales):g} to {max(scales):g} in its "
+            "blocks, and one for all is needed. Set it with set_adapters."
+        )
+    # set_adapters(..., weights) changes the layers' scaling and leaves the configuration.
+    config["lora_alpha"] *= scales[0]
+    config["alpha_pattern"] = {key: alpha * scales[0] for key, alpha in config["alpha_pattern"].items()}
+    tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter)
+    record = {
+        "base_model": getattr(denoiser, "name_or_path", None) or type(denoiser).__name__,
+        "base_fingerprint": weights_fingerprint(denoiser),
+        "base_fingerprint_rounded": rounded_fingerprints(denoiser),
+    }
+    tensors = {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
+    return Negative(f"adapter {adapter!r}", record, state_dict=tensors, options=_metadata(config, prefix))
+
+
+def _metadata(config: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A LoRA's configuration as `load_lora_adapter` takes it; PEFT warns of fields that only a newer version knows."""
+    known = LoraConfig.from_peft_type(**{"peft_type": "LORA", **config}).to_dict()
+    # Adapters are loaded in training mode, in which dropout would act while sampling.
+    return {"metadata": {f"{prefix}.{key}": value for key, value in {**known, "lora_dropout": 0.0}.items()}}
+
+
+def _read_place(place: str, pipeline: DiffusionPipeline) -> Negative:
     """A file, a folder or a Hub id."""
     path, name = Path(place), denoiser_name(pipeline)
-    if path.is_file() and path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        return _read_peft(place, path.parent, pipeline)
+    configs = [f"{name}/config.json", "config.json"]
+    wanted = [LORA_FILE, PEFT_CONFIG, PEFT_FILE, *configs]
     if path.is_file():
-        return _read_lora(place, path.parent, pipeline)
-    files = _files(place)
-
-    def folder(*patterns: str) -> Path:
-        return path if path.is_dir() else Path(snapshot_download(place, allow_patterns=[*patterns, RUN_RECORD]))
-
-    if LORA_FILE in files and f"{name}/config.json" in files:
+        folder, wanted = path.parent, [path.name, *([PEFT_CONFIG] if path.name == PEFT_FILE else [])]
+    else:
+        try:
+            # Without a network, the Hub's client gives what it downloaded before.
+            folder = path if path.is_dir() else Path(snapshot_download(place, allow_patterns=[*wanted, RUN_RECORD]))
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise ValueError(f"{place} is no file or folder here, and no repository on the Hub: {error}") from error
+    files, record = [file for file in wanted if (folder / file).is_file()], read_run_record(folder)
+    if LORA_FILE in files and configs[0] in files:
         raise ValueError(
             f"{place} holds a LoRA ({LORA_FILE}) and a whole denoiser ({name}), probably of two runs. Pass the one "
             f"you mean: {place}/{LORA_FILE} or {place}/{name}."
         )
-
-    denoiser_class: type[ModelMixin] = type(getattr(pipeline, name))
-    dtype = getattr(pipeline, name).dtype
-    if LORA_FILE in files:
-        return _read_lora(place, folder(LORA_FILE), pipeline)
-    if {PEFT_CONFIG, PEFT_FILE} <= set(files):
-        return _read_peft(place, folder(PEFT_CONFIG, PEFT_FILE), pipeline)
-    if f"{name}/config.json" in files:
-        local = folder(f"{name}/*.json", f"{name}/*.safetensors")
-        _check_class(local / name, denoiser_class, place)
-        denoiser = denoiser_class.from_pretrained(local / name, dtype=dtype, use_safetensors=True)
-        return NegativeWeights(denoiser, read_run_record(local), place)
-    if "config.json" in files:
-        local = folder("*.json", "*.safetensors")
-        _check_class(local, denoiser_class, place)
-        denoiser = denoiser_class.from_pretrained(local, dtype=dtype, use_safetensors=True)
-        return NegativeWeights(denoiser, read_run_record(local), place)
-    loras = [file for file in files if "/" not in file and file.endswith(".safetensors")]
-    if len(loras) == 1:
-        return _read_lora(place, folder(loras[0]), pipeline, loras[0])
-    pickled = WEIGHTS_NAME in files or any(file.endswith((".bin", ".ckpt", ".pt")) for file in files)
+    if PEFT_CONFIG in files and PEFT_FILE in files and LORA_FILE not in files:
+        config = json.loads((folder / PEFT_CONFIG).read_text())
+        # PEFT's files have names as seen from PeftModel.
+        tensors = {
+            key.removeprefix("base_model.model."): value for key, value in load_file(folder / PEFT_FILE).items()
+        }
+        tensors = {f"{name}.{key}": value for key, value in tensors.items()}
+        return Negative(place, record, state_dict=tensors, options=_metadata(config, name))
+    if LORA_FILE not in files and (config := next((file for file in files if file in configs), None)):
+        return Negative(place, record, _read_denoiser(place, folder, config, getattr(pipeline, name)))
+    others = files or (os.listdir(folder) if path.is_dir() else list_repo_files(place))
+    loras = [file for file in others if file.endswith(".safetensors") and "/" not in file]
+    if LORA_FILE in files or len(loras) == 1:
+        file = LORA_FILE if LORA_FILE in files else loras[0]
+        return Negative(place, record, None, *_read_lora(str(folder) if path.is_file() else place, file, pipeline))
     raise ValueError(
-        f"{place} holds neither {LORA_FILE}, nor {PEFT_CONFIG} with {PEFT_FILE}, nor {name}/config.json, nor "
-        "config.json, nor a single .safetensors file, so there is no negative model to load."
-        + (" Pickled weights are not read: convert them to safetensors." if pickled else "")
+        f"{place} holds neither {LORA_FILE}, nor {PEFT_CONFIG} with {PEFT_FILE}, nor {' or '.join(configs)}, nor a "
+        "single .safetensors file, so there is no negative model to load. Pickled weights (.bin, .ckpt, .pt) are not "
+        "read: convert them to safetensors."
     )
 
 
-def _files(place: str) -> list[str]:
-    """Files of a folder or a Hub repository, by their paths in it; without a network, those of a stored snapshot."""
-    path = Path(place)
-    if not path.is_dir():
-        if path.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1:
-            raise ValueError(f"There is no file or folder {place}.")
-        try:
-            return list_repo_files(place)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            try:
-                path = Path(snapshot_download(place, local_files_only=True))
-            except (LocalEntryNotFoundError, HFValidationError, OSError):
-                raise ValueError(
-                    f"{place} is no file or folder here, and no repository that the Hub gives: {error}"
-                ) from error
-    return [str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
-
-
-def _check_class(folder: Path, expected: type[ModelMixin], place: str) -> None:
-    found = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if found != expected.__name__:
+def _read_denoiser(place: str, folder: Path, config: str, own: ModelMixin) -> nn.Module:
+    found, kind = json.loads((folder / config).read_text()).get("_class_name"), type(own)
+    if found != kind.__name__:
         raise ValueError(
-            f"The negative model in {place} is a {found}, and the pipeline's denoiser a {expected.__name__}. Train "
-            "the negative model from the same base."
+            f"The negative model in {place} is a {found}, and the pipeline's denoiser a {kind.__name__}. Train the "
+            "negative model from the same base."
         )
+    options = {"subfolder": str(Path(config).parent), "use_safetensors": True, **dtype_option(own.dtype)}
+    return _same_architecture(kind.from_pretrained(place, **options), own, place)
 
 
-def _without_dropout(config: LoraConfig) -> dict[str, Any]:
-    # Layers are put in in training mode, and would draw masks while sampling.
-    return {**config.to_dict(), "lora_dropout": 0.0}
+def _same_architecture(denoiser: nn.Module, own: nn.Module, name: str) -> nn.Module:
+    different = different_parameters(own, denoiser)
+    if different:
+        raise ValueError(
+            f"{name} has another architecture ({type(denoiser).__name__}) than the pipeline's {type(own).__name__}: "
+            f"{len(different)} parameters differ, first {different[0]}. Train the negative model from the same base."
+        )
+    return denoiser
 
 
-def _read_peft(place: str, folder: Path, pipeline: DiffusionPipeline) -> NegativeLoRA:
-    """What `PeftModel.save_pretrained` writes, and a trainer for pipelines without `load_lora_weights`."""
-    name, config = denoiser_name(pipeline), LoraConfig.from_pretrained(folder)
-    return NegativeLoRA(
-        {f"{name}.{key.removeprefix(_PEFT_PREFIX)}": tensor for key, tensor in load_file(folder / PEFT_FILE).items()},
-        {"metadata": {f"{name}.{key}": value for key, value in _without_dropout(config).items()}},
-        read_run_record(folder),
-        place,
-    )
-
-
-def _read_lora(place: str, folder: Path, pipeline: DiffusionPipeline, file: str | None = None) -> NegativeLoRA:
+def _read_lora(place: str, file: str, pipeline: DiffusionPipeline) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_lora_weights` writes, and the other formats that diffusers converts."""
+    prefix = denoiser_name(pipeline)
     if not hasattr(pipeline, "lora_state_dict"):
         raise TypeError(
-            f"{type(pipeline).__name__} has no load_lora_weights, so {place} cannot be read. Pass a folder with "
+            f"{type(pipeline).__name__} has no load_lora_weights, so {file} cannot be read. Pass a folder with "
             f"PEFT's {PEFT_CONFIG} and {PEFT_FILE}, or full negative weights."
         )
-    name = denoiser_name(pipeline)
-    options: dict[str, Any] = {"unet_config": pipeline.unet.config} if name == "unet" else {}
-    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
-        options["return_alphas"] = True
-    path = place if Path(place).is_file() else folder / (file or LORA_FILE)
-    read = pipeline.lora_state_dict(str(path), return_lora_metadata=True, use_safetensors=True, **options)
-    state_dict, metadata = read[0], read[-1]
-    alphas = read[1] if len(read) == 3 else None
-    others = sorted({key.split(".")[0] for key in state_dict if not key.startswith(f"{name}.")})
+    # Each pipeline's loader reads those of the options that it needs.
+    options = {"return_lora_metadata": True, "return_alphas": True, "unet_config": getattr(pipeline, prefix).config}
+    read = pipeline.lora_state_dict(place, weight_name=file, use_safetensors=True, **options)
+    state_dict, *alphas, metadata = read
+    others = sorted({key.split(".")[0] for key in state_dict if not key.startswith(f"{prefix}.")})
     if others:
         raise ValueError(
-            f"The LoRA {place} also changes {', '.join(others)}, which both sides of the guidance share. Use a LoRA "
-            f"of the {name} alone."
+            f"The LoRA {file} also changes {', '.join(others)}, which both sides of the guidance share. Use a LoRA "
+            f"of the {prefix} alone."
         )
-    extra = {"metadata": metadata} if metadata else {"network_alphas": alphas} if alphas else {}
-    return NegativeLoRA(state_dict, extra, read_run_record(folder), place)
+    if metadata:
+        return state_dict, _metadata(
+            {key.removeprefix(f"{prefix}."): value for key, value in metadata.items()}, prefix
+        )
+    return state_dict, {"network_alphas": alphas[0]} if alphas and alphas[0] else {}

@@ -1,19 +1,22 @@
 """The estimate: what is added up, and how it is printed. Knows the trainers by their configs alone."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
-from ..families.base import model_inside
-from ..trainer.base_config import DiffusionPreferenceConfig
-from ..trainer.trainable import has_gradient_checkpointing
-from .held import bytes_of, count_of, optimizer_bytes, reference_of
-from .meta_modes import DEVICE_TYPES
-from .model import on_meta, trainable
-from .step import Step, images_of
+from ..algorithms import TRAINERS
+from ..training.config import DiffusionPreferenceConfig
+from ..training.model_setup import has_gradient_checkpointing
+from ..training.trainer import DiffusionTrainer
+from .autocast import DEVICE_TYPES
+from .held import optimizer_bytes
+from .model import pipeline_of
+from .step import FakeStep
 
 
 _GIB = 2**30
@@ -53,11 +56,11 @@ class MemoryEstimate:
 
     @property
     def activations(self) -> int:
-        return self.activations_with_checkpointing if self.checkpointing else self.activations_without_checkpointing
+        return (self.checkpointing and self.activations_with_checkpointing) or self.activations_without_checkpointing
 
     @property
     def total(self) -> int:
-        return self.total_with_checkpointing if self.checkpointing else self.total_without_checkpointing
+        return (self.checkpointing and self.total_with_checkpointing) or self.total_without_checkpointing
 
     def __str__(self) -> str:
         columns = ("checkpointing", "none") if self.total_with_checkpointing is not None else ("none",)
@@ -73,6 +76,12 @@ class MemoryEstimate:
         return "\n".join(lines)
 
 
+def _subclasses(kind: Any) -> Iterator[type[DiffusionTrainer]]:
+    for trainer in kind.__subclasses__():
+        yield trainer
+        yield from _subclasses(trainer)
+
+
 def estimate_memory(
     model: str | os.PathLike | DiffusionPipeline | nn.Module,
     cfg: DiffusionPreferenceConfig,
@@ -81,28 +90,30 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """What training on one device will need, found without allocating weights.
 
-    Counted are all tensors of a step at the config's batch size (a pair is two images), resolution, precision,
-    gradient accumulation and optimiser, with the reference or teacher that the trainer of this config holds, and with
-    attention in a kernel that keeps no matrix of weights. Prompts count as long as the pipeline takes them;
-    Qwen-Image, which trains with the batch's longest, needs less where all are short. Left out: the accelerator's
-    context, fragmentation and workspaces of kernels, encoding before training, evaluation, what DDP adds (gradients
-    once more, in buckets), and what FSDP and DeepSpeed save.
+    The trainer's own step runs on fake tensors, which have shapes and dtypes and no values, under PyTorch's autocast
+    of the target device, and all tensors that exist at once are counted: at the config's batch size (a pair is two
+    samples), resolution, precision, gradient accumulation and optimiser, with the reference or teacher that the
+    trainer holds, and with attention in a kernel that keeps no matrix. Prompts count with all tokens that the
+    pipeline takes, which is too much for models that are trained with the batch's longest prompt. Not counted: the
+    accelerator's context, fragmentation and workspaces of kernels, encoding before training, evaluation, what DDP
+    adds (gradients a second time, in buckets), and what FSDP and DeepSpeed save.
 
     Args:
-        model: What the trainers take: a pipeline, or a Hub id or folder, of which configs alone are read. Or a
-            denoiser alone, on any device, taken to have the published text encoders and autoencoder. Not changed.
+        model: What the trainers take: a pipeline, or a Hub id or folder, of which only configs are read. Or a
+            denoiser alone, on any device, for which the published text encoders and autoencoder are assumed. It is
+            not changed.
         cfg: The config of the trainer.
         peft_config: As for the trainer.
-        device_type: Whose autocast is counted, "cuda" or "cpu", which normalises in half precision where CUDA does in
-            float32. Default: the CPU's with `cfg.use_cpu`, else CUDA's. A config with `bf16=True` can be made on a
-            machine without a GPU with `use_cpu=True` alone; say "cuda" then.
+        device_type: The device to estimate for, "cuda" or "cpu"; their autocasts differ. Default: "cpu" with
+            `cfg.use_cpu`, else "cuda". On a machine without a GPU a config with `bf16=True` needs `use_cpu=True`; pass
+            "cuda" then.
 
     Returns:
         Bytes; printed, a table.
 
     Raises:
-        TypeError: `cfg` is no config of this package; a model of an unsupported class, or one for clips or sound.
-        ValueError: An optimiser whose state, or a device whose autocast is not known.
+        TypeError: `cfg` belongs to no trainer, or `model` to no supported class.
+        ValueError: An unknown device or optimiser, or an option that the trainer would not take.
 
     Example:
 
@@ -113,43 +124,44 @@ def estimate_memory(
     print(estimate_memory("stabilityai/stable-diffusion-xl-base-1.0", cfg))
     ```
     """
-    if not isinstance(cfg, DiffusionPreferenceConfig):
+    # The table's trainers, and those of algorithms from outside.
+    kinds = {trainer.config_class: trainer for trainer in _subclasses(DiffusionTrainer)}
+    kind = next((kinds[config] for config in type(cfg).__mro__ if config in kinds), None)
+    if kind is None:
         raise TypeError(
-            f"cfg is a {type(cfg).__name__}. Pass the config that the trainer will get: MaPOConfig, "
-            "DiffusionDPOConfig or SelfNPOConfig."
+            f"cfg is a {type(cfg).__name__}. Pass the config that the trainer will get: "
+            f"{', '.join(config.__name__ for config, _ in TRAINERS.values())}."
         )
     # Not the device of this machine: the estimate is asked for before there is one.
     device_type = device_type or ("cpu" if cfg.use_cpu else "cuda")
     if device_type not in DEVICE_TYPES:
-        raise ValueError(f"device_type={device_type!r}: autocast is known here of {' and '.join(DEVICE_TYPES)}.")
-    family, denoiser, sizes = on_meta(model, cfg)
-    denoiser = trainable(denoiser, family, peft_config)
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    # A new adapter is switched off to give the reference, one that was trained before needs a frozen copy.
-    reference, extra = reference_of(cfg, denoiser, trained, new_adapter=peft_config is not None)
-    gradients, optimizer_state = bytes_of(trained), optimizer_bytes(cfg, trained)
-    weights = bytes_of([*denoiser.parameters(), *denoiser.buffers()])
+        raise ValueError(f"device_type={device_type!r}: estimates are made for {' and '.join(DEVICE_TYPES)}.")
+    args = cfg.own_copy()
+    family, pipeline = pipeline_of(model, args)
+    step = FakeStep(kind, pipeline, family, args, peft_config, device_type)
+    gradients = sum(parameter.nbytes for parameter in step.trained)
+    with step.accelerator.fake_tensors:
+        optimizer_state = optimizer_bytes(args, step.trained)
 
-    one_step = Step(family, denoiser, cfg, sizes, extra, device_type)
+    def run(checkpointing: bool) -> tuple[int, int]:
+        peak, activations = step.run(checkpointing)
+        return step.weights + step.held + optimizer_state + max(peak, gradients), activations
 
-    def step(checkpointing: bool) -> tuple[int, int]:
-        peak, activations = one_step.run(checkpointing)
-        return weights + reference + optimizer_state + max(peak, gradients), activations
-
-    total, activations = step(False)
-    can_checkpoint = family.gradient_checkpointing and has_gradient_checkpointing(model_inside(denoiser))
-    total_checkpointed, activations_checkpointed = step(True) if can_checkpoint else (None, None)
-    parameters, trained_parameters = count_of(denoiser.parameters()), count_of(trained)
+    total, activations = run(False)
+    can_checkpoint = family.gradient_checkpointing and has_gradient_checkpointing(step.base)
+    total_checkpointed, activations_checkpointed = run(True) if can_checkpoint else (None, None)
+    parameters, trained_parameters = step.parameters, sum(parameter.numel() for parameter in step.trained)
+    latents = "x".join(map(str, step.encoder.latent_shape))
     precision = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({device_type})" if cfg.bf16 or cfg.fp16 else "no autocast"
-    images = images_of(cfg)
+    samples = max(step.trainer.layout.num_samples, 1) * args.per_device_train_batch_size
     checkpointing = bool(cfg.activation_checkpointing or cfg.gradient_checkpointing)
     return MemoryEstimate(
-        weights=weights,
+        weights=step.weights,
         parameters=parameters,
         trained_parameters=trained_parameters,
         gradients=gradients,
         optimizer_state=optimizer_state,
-        reference=reference,
+        reference=step.held,
         activations_with_checkpointing=activations_checkpointed,
         activations_without_checkpointing=activations,
         total_with_checkpointing=total_checkpointed,
@@ -157,7 +169,7 @@ def estimate_memory(
         checkpointing=checkpointing and can_checkpoint,
         conditions=(
             f"{family.pipeline_class}: {parameters / 1e6:,.1f} M parameters, {trained_parameters / 1e6:,.1f} M "
-            f"trained,\nlatents {'x'.join(map(str, sizes.latents))}, {images} images at once, {precision}, "
+            f"trained,\nlatents {latents}, {samples} samples at once, {precision}, "
             f"{getattr(cfg.optim, 'value', cfg.optim)}"
         ),
     )

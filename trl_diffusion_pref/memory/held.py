@@ -1,29 +1,18 @@
-"""Bytes that are held throughout training beside the weights: the optimiser's state, and a reference or teacher."""
+"""Bytes of the optimiser's state."""
 
-from collections.abc import Iterable
+import torch
+from torch import nn
+from transformers import Trainer
 
-from torch import Tensor, nn
-
-from ..trainer.base_config import DiffusionPreferenceConfig
-from ..trainer.diffusion_dpo_config import DiffusionDPOConfig
-from ..trainer.self_npo_config import SelfNPOConfig
+from ..training.config import DiffusionPreferenceConfig
 
 
-# Below it bitsandbytes keeps states in float32 (its min_8bit_size), above in 8 bits with a float32 maximum per block.
+# bitsandbytes keeps states smaller than this in float32 (its min_8bit_size), larger ones in 8 bits with a float32
+# maximum per block.
 _LEAST_8BIT_SIZE = 4096
 _8BIT_BLOCK = 256
-# States as large as the parameter: in its dtype, and in 8 bits.
-_STATES = {
-    "adamw_torch": 2,
-    "adamw_torch_fused": 2,
-    "adamw_apex_fused": 2,
-    "paged_adamw_32bit": 2,
-    "lion_32bit": 1,
-    "paged_lion_32bit": 1,
-    "rmsprop": 1,
-    "adagrad": 1,
-    "sgd": 0,
-}
+# Optimisers whose kernels need a device: how many states as large as the parameter, in its dtype and in 8 bits.
+_STATES = {"adamw_apex_fused": 2, "paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 _STATES_8BIT = {
     "adamw_bnb_8bit": 2,
     "adamw_8bit": 2,
@@ -34,53 +23,38 @@ _STATES_8BIT = {
 }
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def optimizer_bytes(args: DiffusionPreferenceConfig, trained: list[nn.Parameter]) -> int:
+    """Bytes of the optimiser's state after its first step, which is taken with fake gradients.
 
-
-def count_of(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)
-
-
-def optimizer_bytes(cfg: DiffusionPreferenceConfig, trained: list[nn.Parameter]) -> int:
-    """Bytes of the optimiser's state after its first step.
+    Args:
+        trained: Fake parameters, within their mode.
 
     Raises:
         ValueError: It is not known for this optimiser.
     """
-    name = getattr(cfg.optim, "value", cfg.optim)
+    name = getattr(args.optim, "value", args.optim)
     if name in _STATES:
-        return _STATES[name] * bytes_of(trained)
-    if name not in _STATES_8BIT:
+        return _STATES[name] * sum(parameter.nbytes for parameter in trained)
+    if name in _STATES_8BIT:
+        sizes = [parameter.numel() for parameter in trained]
+        eight_bit = (size + -(-size // _8BIT_BLOCK) * 4 if size >= _LEAST_8BIT_SIZE else 4 * size for size in sizes)
+        return _STATES_8BIT[name] * sum(eight_bit)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind(trained, **options)
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"optim={name!r}: how large its state is, is not known here. Estimate with one of "
-            f"{', '.join([*_STATES, *_STATES_8BIT])}."
-        )
-    total = 0
-    for parameter in trained:
-        count = parameter.numel()
-        eight_bit = count + -(-count // _8BIT_BLOCK) * 4
-        total += _STATES_8BIT[name] * (eight_bit if count >= _LEAST_8BIT_SIZE else 4 * count)
-    return total
-
-
-def reference_of(
-    cfg: DiffusionPreferenceConfig, denoiser: nn.Module, trained: list[nn.Parameter], *, new_adapter: bool
-) -> tuple[int, str]:
-    """Bytes that a reference or teacher holds, and when it runs: "before" the trained model, "after" it or never."""
-    lora = len(trained) < sum(1 for _ in denoiser.parameters())
-    whole = bytes_of([*denoiser.parameters(), *denoiser.buffers()])
-    if isinstance(cfg, DiffusionDPOConfig):
-        if cfg.reference == "precomputed":
-            return 0, ""
-        kind = cfg.reference
-        if kind == "auto":
-            kind = "copy" if not lora else "adapter_off" if new_adapter else "frozen_adapter"
-        return {"copy": whole, "frozen_adapter": bytes_of(trained), "adapter_off": 0}[kind], "after"
-    if isinstance(cfg, SelfNPOConfig):
-        moves = cfg.teacher == "ema"
-        if lora:
-            return (0 if new_adapter and not moves else bytes_of(trained)), "before"
-        # A moving teacher is kept in float32.
-        return (4 * count_of([*denoiser.parameters(), *denoiser.buffers()]) if moves else whole), "before"
-    return 0, ""
+            f"optim={name!r}: how large its state is, is not known ({error}). Estimate with one of adamw_torch, sgd, "
+            f"adafactor, {', '.join([*_STATES, *_STATES_8BIT])}."
+        ) from error
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+    states = [
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    # Steps are counted in scalars, on the CPU where they can be.
+    return sum(state.nbytes for state in states if state.ndim)

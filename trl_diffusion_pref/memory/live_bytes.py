@@ -1,42 +1,45 @@
-"""Counts the bytes of tensors that exist at once, on the meta device too, where no allocator does."""
+"""Counts the bytes of fake tensors, which have shapes and dtypes and no values, that exist at once."""
 
 import weakref
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .autocast import OnDevice
+
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made inside that exist at once; a module's own are left out.
+    """Bytes of the storages made inside that exist at once; those of modules are left out.
+
+    Entered within a `FakeTensorMode`. Operations on real tensors alone, such as masks whose lengths are read, give
+    real tensors. Where the host reads a value that does not exist, it reads False or 1.
 
     Args:
-        module: Has its gradients counted by themselves.
-        layouts: What operations gave, by what they were given. Shared by several steps, it spares most of the time:
-            shapes on the meta device are found in Python, and blocks repeat.
+        modules: Have their gradients counted by themselves.
     """
 
-    def __init__(self, module: nn.Module, layouts: dict[tuple, list[tuple | None] | None]) -> None:
+    def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
-        self._layouts = layouts
         self.current = self.peak = self.gradients = self.peak_beside_gradients = 0
-        tensors = [*module.parameters(), *module.buffers()]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
-            for parameter in module.parameters()
-            if parameter.requires_grad
-        ]
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(self._accumulated)
         self._with_gradient: set[int] = set()
 
-    def detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def start(self) -> None:
+        """Begins a step: what exists now stays, and there are no gradients."""
+        self.peak = self.peak_beside_gradients = self.current
+        self.gradients = 0
+        self._with_gradient.clear()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
-        if id(parameter) not in self._with_gradient:
+        if parameter.grad is not None and id(parameter) not in self._with_gradient:
             self._with_gradient.add(id(parameter))
             self.gradients += parameter.grad.untyped_storage().nbytes()
 
@@ -58,35 +61,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        key = (function, _described(args), _described(tuple(kwargs.items())))
-        layout = self._layouts.get(key)
-        if layout is not None:
-            made = tuple(part and torch.empty_strided(*part[:2], dtype=part[2], device="meta") for part in layout)
-            result = made if len(made) > 1 else made[0]
-        else:
+        if OnDevice in types:
+            # It comes back with fake tensors.
+            return NotImplemented
+        if FakeTensor in types and function is torch.ops.aten._local_scalar_dense.default:
+            return args[0].dtype != torch.bool and 1
+        real = FakeTensor not in types and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        with unset_fake_temporarily() if real else nullcontext():
             result = function(*args, **kwargs)
-            self._layouts[key] = _layout(result, args)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         return result
-
-
-def _described(value: Any) -> Any:
-    """What of an operation's argument decides the layout of its result; can be hashed."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if isinstance(value, (list, tuple)):
-        return tuple(_described(part) for part in value)
-    return type(value), value
-
-
-def _layout(result: Any, args: tuple) -> list[tuple | None] | None:
-    """Sizes, strides and dtypes of new tensors on the meta device; None for other results, and for views."""
-    parts = result if isinstance(result, tuple) else (result,)
-    given = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
-    for part in parts:
-        new = isinstance(part, Tensor) and part.device.type == "meta" and part.untyped_storage()._cdata not in given
-        if not (new or (part is None and len(parts) > 1)):
-            return None
-    return [None if part is None else (part.shape, part.stride(), part.dtype) for part in parts]

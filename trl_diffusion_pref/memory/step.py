@@ -1,117 +1,214 @@
-"""Forward and backward of one batch on the meta device, as the trainers run them."""
+"""A trainer's own step on fake tensors."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import nullcontext
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from ..data.batch import Batch, Posterior
+from ..data.preparation import preparation_for
+from ..data.resolution import as_resolution
+from ..diffusion.noise import NoiseProcess, RectifiedFlow
 from ..families import Family
 from ..families.base import model_inside
-from ..likelihood import denoising_error
-from ..trainer.base_config import DiffusionPreferenceConfig
-from ..trainer.published import published
-from ..trainer.self_npo_config import SelfNPOConfig
+from ..training.config import DiffusionPreferenceConfig
+from ..training.denoiser import Denoiser
+from ..training.modes import Modes
+from ..training.recommended import fill_in
+from ..training.trainer import DiffusionTrainer
+from .autocast import autocast
 from .live_bytes import LiveBytes
-from .meta_modes import MetaModes
-from .sizes import Sizes
+from .model import make_fake, meta_copy, trainable
 
 
-def images_of(cfg: DiffusionPreferenceConfig) -> int:
-    """In one call of the trained denoiser; a pair is two."""
-    return (1 if isinstance(cfg, SelfNPOConfig) else 2) * cfg.per_device_train_batch_size
+def bytes_of(*modules: nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
-class Step:
-    """Forward and backward of one batch on the meta device.
+class _Encoder:
+    """What a step asks the encoder of the data sets; all conditioning counts as the prompt's."""
+
+    uncropped_conditioning: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, args: DiffusionPreferenceConfig) -> None:
+        self.preparation = preparation_for(pipeline, family, as_resolution(args.resolution), args.num_frames)
+        self.shapes, self.family = family.input_shapes(pipeline, self.preparation.shape), family
+        self.latent_shape = self.shapes.latents
+
+    def prompts(self, rows: int) -> dict[str, Tensor]:
+        prompts = {}
+        for name, shape in self.shapes.conditioning.items():
+            # Some families read the length of the longest prompt off its mask, which needs values.
+            with unset_fake_temporarily() if name in self.family.read_by_value else nullcontext():
+                prompts[name] = torch.ones(rows, *shape)
+        return prompts
+
+    @cached_property
+    def empty_prompt(self) -> dict[str, Tensor]:
+        return self.prompts(1)
+
+
+class _OneProcess:
+    """What a step asks of what surrounds it in one process: accelerate, and the cache of values by row.
+
+    Models come to the device, and have autocast around their forward passes, where accelerate does both.
+    """
+
+    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
+
+    def __init__(self, device_type: str, dtype: torch.dtype | None) -> None:
+        self.device_type, self.dtype = device_type, dtype
+        self.fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        self.prepared: list[nn.Module] = []
+
+    def autocast(self) -> Any:
+        return autocast(self.device_type, self.dtype)
+
+    def prepare_model(self, model: nn.Module, evaluation_mode: bool = False) -> nn.Module:
+        with self.fake_tensors:
+            make_fake(model)
+        self.prepared.append(model)
+        forward = model.forward
+
+        def in_autocast(*args: Any, **kwargs: Any) -> Any:
+            with self.autocast():
+                return forward(*args, **kwargs)
+
+        vars(model)["forward"] = in_autocast if self.dtype is None else convert_outputs_to_fp32(in_autocast)
+        return model
+
+    def unwrap_model(self, model: nn.Module, **options: Any) -> nn.Module:
+        return model
+
+    def free_memory(self) -> None:
+        pass
+
+    def load_or_compute(self, *args: Any) -> Tensor:
+        """What is stored by row, of which a batch takes its own: fake, so that every row and draw is in it."""
+        with self.fake_tensors:
+            return torch.zeros(1, 1, 2)
+
+
+class FakeStep:
+    """Forward and backward of one batch, as the trainer of a config runs them, on fake tensors.
 
     Args:
-        extra: When a reference or teacher is called, see `held.reference_of`.
-        device_type: Whose autocast is counted, see `meta_modes.DEVICE_TYPES`.
+        device_type: Whose autocast is counted, see `autocast.DEVICE_TYPES`.
     """
 
     def __init__(
         self,
+        kind: type[DiffusionTrainer],
+        pipeline: DiffusionPipeline,
         family: Family,
-        denoiser: nn.Module,
-        cfg: DiffusionPreferenceConfig,
-        sizes: Sizes,
-        extra: str,
+        args: DiffusionPreferenceConfig,
+        peft_config: LoraConfig | None,
         device_type: str,
     ) -> None:
-        self.family, self.denoiser, self.cfg, self.sizes, self.extra = family, denoiser, cfg, sizes, extra
-        self.base = model_inside(denoiser)
-        self.layouts: dict[tuple, list[tuple | None] | None] = {}
-        self.dtype = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-        self.device_type = device_type
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.args, self.accelerator = args, _OneProcess(device_type, dtype)
+        self.encoder = _Encoder(pipeline, family, args)
+        process = self._noise_process(pipeline, family)
+        self.rows = torch.zeros(args.per_device_train_batch_size, dtype=torch.int64)
+        fill_in(args, kind._name, family, flow=isinstance(process, RectifiedFlow))
+        args.check_filled_in()
+        self.model, carried = trainable(meta_copy(family.denoiser(pipeline)), family, peft_config, args)
+        self.base = model_inside(self.model)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.weights = bytes_of(self.model)
+        # Without its constructor, which loads and encodes, and transformers', which looks for devices.
+        trainer = self.trainer = kind.__new__(kind)
+        vars(trainer).update(
+            args=args,
+            family=family,
+            pipeline=pipeline,
+            encoder=self.encoder,
+            noise_process=process,
+            model=self.model,
+            carried_adapter=carried,
+            accelerator=self.accelerator,
+            is_fsdp_enabled=False,
+            is_deepspeed_enabled=False,
+            modes=Modes(args, self.encoder),  # type: ignore[arg-type]
+            checkpointer=SimpleNamespace(parts={}, record={"base_fingerprint": ""}),
+            row_cache=self.accelerator,
+            add_callback=lambda callback: None,
+            train_dataset={"row": self.rows},
+            eval_dataset=None,
+            denoise=Denoiser(family, self.accelerator, sharded=False),
+            _ref_model=None,
+        )
+        trainer.layout = trainer.make_layout()
+        trainer.check_step(peft_config)
+        trainer.setup_step()
+        self.accelerator.prepare_model(self.model)
+        # A reference or teacher: a model, or an adapter in the trained one.
+        self.held = bytes_of(*self.accelerator.prepared) - self.weights
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.live, self.steps = LiveBytes(*self.accelerator.prepared), 0
+
+    def _noise_process(self, pipeline: DiffusionPipeline, family: Family) -> NoiseProcess:
+        scheduler = pipeline.scheduler
+        if scheduler is None:
+            scheduler = FlowMatchEulerDiscreteScheduler() if family.flow else DDPMScheduler()
+        process = self.args.noise_process(scheduler)
+        if isinstance(process, RectifiedFlow) and process.shift is None:
+            process = self.args.noise_process(scheduler, family.image_tokens(self.encoder.latent_shape))
+        return process
 
     def run(self, checkpointing: bool) -> tuple[int, int]:
-        """The most that lives at once beside weights, gradients included, and without them."""
+        """The most that exists at once beside weights and what is held, with gradients and without."""
         if checkpointing:
             self.base.enable_gradient_checkpointing(self._checkpoint)
         else:
             self.base.disable_gradient_checkpointing()
-        self.denoiser.train()
-        for parameter in self.denoiser.parameters():
-            parameter.grad = None
-        live = LiveBytes(self.denoiser, self.layouts)
-        with torch.device("meta"), live:
+        self.model.train()
+        live, self.steps = self.live, self.steps + 1
+        with self.accelerator.fake_tensors, live:
+            live.start()
             self._forward_and_backward()
             activations = live.peak_beside_gradients
-            if self.cfg.gradient_accumulation_steps > 1:
+            if self.args.gradient_accumulation_steps > 1:
                 # From the second micro-batch on, gradients are there from the start.
                 self._forward_and_backward()
-        live.detach()
-        for parameter in self.denoiser.parameters():
+        for parameter in self.trained:
             parameter.grad = None
         return live.peak, activations
 
     def _checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._again()))
-
-    @contextmanager
-    def _again(self) -> Iterator[None]:
-        # The backward pass runs outside the modes that surround it.
-        with torch.device("meta"), MetaModes(self.dtype, self.device_type):
-            yield
+        # The backward pass runs outside of the model's forward pass.
+        return checkpoint(
+            module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.accelerator.autocast())
+        )
 
     def _forward_and_backward(self) -> None:
-        size, images = self.sizes.latents, images_of(self.cfg)
-        # What a trainer holds of a batch: mean and deviation of each image's posterior, latents, noise, target.
-        batch_tensors = [torch.empty(images, *size) for _ in range(5)]
-        x_t, target = torch.empty(images, *size), batch_tensors[-1]
-        conditioning = self._conditioning(images)
-        # A batch has one prompt per pair, beside the call's two.
-        prompts = self._conditioning(images // 2) if images > self.cfg.per_device_train_batch_size else {}  # noqa: F841
-        with MetaModes(self.dtype, self.device_type):
-            if self.extra == "before":
-                scale = self.cfg.guidance_scale
-                if scale is None:
-                    scale = published("Self-NPO", self.family.pipeline_class).values["guidance_scale"]
-                self._without_gradients(x_t, conditioning, guided=scale not in (0.0, 1.0))
-            prediction = self._predict(x_t, conditioning)
-            if self.extra == "after":
-                kept = self._without_gradients(x_t, conditioning)  # noqa: F841 - alive until the backward pass
-            loss = denoising_error(prediction, target).mean()
-            del prediction
+        batch = self._batch()
+        values = self.trainer.compute_losses(self.model, batch, self.trainer.modes.training(batch.rows, self.steps))
+        loss = values["loss"].mean()
+        del values
         loss.backward()
 
-    def _conditioning(self, images: int) -> dict[str, Tensor]:
-        # Some families read the length of the longest prompt off its mask, which needs values.
-        return {
-            name: torch.ones(images, *shape, device="cpu" if name.endswith("_embeds_mask") else "meta")
-            for name, shape in self.sizes.conditioning.items()
-        }
-
-    def _predict(self, x_t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        times = torch.empty(len(x_t))
-        return self.family.predict(self.denoiser, x_t.to(self.base.dtype), times, conditioning).float()
-
-    def _without_gradients(self, x_t: Tensor, conditioning: dict[str, Tensor], guided: bool = False) -> Tensor:
-        if guided:
-            x_t = torch.cat([x_t] * 2)
-            conditioning = {name: torch.cat([tensor] * 2) for name, tensor in conditioning.items()}
-        with torch.no_grad():
-            return self._predict(x_t, conditioning)
+    def _batch(self) -> Batch:
+        encoder, layout, rows = self.encoder, self.trainer.layout, len(self.rows)
+        samples, latents = layout.num_samples, None
+        per_sample = () if layout.samples_per_cell is None else (samples,)
+        if samples:
+            mean, std = (torch.ones(rows, samples, *encoder.latent_shape).transpose(0, 1) for _ in range(2))
+            latents = Posterior(mean, std)
+        return Batch(
+            rows=self.rows,
+            latents=latents,
+            prompts=encoder.prompts(rows),
+            sample_conditioning={},
+            conditions={name: torch.ones(rows, *encoder.latent_shape) for name in layout.conditions},
+            scalars={name: torch.ones(rows, *per_sample) for name in layout.scalars},
+        )

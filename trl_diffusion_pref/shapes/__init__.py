@@ -1,7 +1,7 @@
-"""The embedded default: drawn shapes, a small trained pipeline that draws them, and a judge of its pictures.
+"""Drawn shapes, small trained pipelines that generate them, and a judge of the generated images.
 
-It makes the quickstart real alignment on a laptop and lets tests check behaviour instead of "some weights changed".
-Nothing in the package's trainers knows of it.
+With them the quickstart aligns a real model on a laptop, and tests can check what a model generates instead of whether
+some weights changed. Nothing else in the package imports this part.
 """
 
 from .drawing import COLOURS, IMAGE_SIZE, SHAPES, STYLES, Scene, draw, prompts, random_scene

@@ -1,7 +1,7 @@
 """Draws one coloured shape on white, anti-aliased, at integer sizes and positions.
 
-Knows nothing of models. Sizes and positions are integers so that every picture that can be drawn can be listed, which
-is what lets the judge compare a picture with all of them.
+Sizes and positions are integers, so that all possible images can be listed and the judge can compare an image with
+each of them.
 """
 
 import math
@@ -29,14 +29,14 @@ RADII = range(7, 12)
 
 _STROKE = 2.0
 _SUPERSAMPLING = 8
-# Areas look alike when the square is a little smaller and the triangle a little larger than the circle.
+# Shapes look equally large if the square is a little smaller and the triangle a little larger than the circle.
 _SQUARE_HALF_SIDE = 0.88
 _TRIANGLE_CIRCUMRADIUS = 1.2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: what is drawn, how, and where.
+    """One image: which shape, in which colour and style, how large and where.
 
     Args:
         shape: One of `SHAPES`.
@@ -55,12 +55,12 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The caption, which names colour and shape but not the style: style is what preferences are about."""
+        """The caption. It names colour and shape but not the style, which the preferences are about."""
         return caption(self.colour, self.shape)
 
 
 def caption(colour: str, shape: str) -> str:
-    """Caption of a picture, such as "a red circle" or "an orange square"."""
+    """Caption of an image, such as "a red circle" or "an orange square"."""
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
 
 
@@ -127,7 +127,7 @@ def draw(scene: Scene) -> Image.Image:
 def random_scene(
     rng: np.random.Generator, style: str, *, shape: str | None = None, colour: str | None = None
 ) -> Scene:
-    """A scene of the given style with whatever is not given drawn uniformly from `rng`."""
+    """A scene of the given style; everything that is not given is sampled uniformly from `rng`."""
     shape = shape or SHAPES[rng.integers(len(SHAPES))]
     colour = colour or list(COLOURS)[rng.integers(len(COLOURS))]
     radius = int(rng.choice(RADII))

@@ -1,7 +1,7 @@
-"""Says of a picture which style, colour and shape it shows and how clean it is: image arithmetic, nothing learned.
+"""Determines which style, colour and shape an image shows and how clean it is, by arithmetic on pixels.
 
-A picture is compared with every picture that `drawing` can make (all shapes, styles, colours, sizes and positions).
-The nearest one names what is shown, and the distance to it says how clean the picture is.
+An image is compared with every image that `drawing` can make (all shapes, styles, colours, sizes and positions). The
+nearest one gives style, colour and shape; the distance to it measures how clean the image is.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from PIL import Image
 from .drawing import BACKGROUND, COLOURS, IMAGE_SIZE, SHAPES, STYLES, caption, coverage, layouts
 
 
-# Above what the embedded VAE's reconstructions of drawn pictures show; tests/shapes/test_pipeline.py holds that.
+# Above the distances of the embedded VAE's reconstructions of drawn images, as tests/shapes/test_pipeline.py checks.
 CLEAN_DISTANCE = 0.08
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows.
+    """What an image shows.
 
     Args:
-        shape, colour, style: Of the nearest picture that can be drawn.
+        shape, colour, style: Of the nearest drawing.
         distance: Root mean squared difference to it over pixels and channels, in [0, 1] where 1 is black against
             white.
     """
@@ -35,7 +35,7 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        """Whether the picture is as near to a drawn one as the embedded VAE can come."""
+        """Whether the image is as close to a drawing as the embedded VAE's reconstructions are."""
         return self.distance <= CLEAN_DISTANCE
 
     @property
@@ -45,13 +45,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Summary:
-    """Shares in [0, 1] over a set of pictures.
+    """Shares in [0, 1] over a set of images.
 
     Args:
-        preferred: In the style asked about.
-        colour, shape: As the prompt says.
-        clean: Near to a picture that can be drawn.
-        count: Number of pictures.
+        preferred: In the preferred style.
+        colour, shape: As prompted.
+        clean: Close to a drawing, see `Verdict.clean`. The share depends on the style: of the `mixed` base's own
+            images, 90 % of the filled and 56 % of the outlined ones are clean.
+        count: Number of images.
     """
 
     preferred: float
@@ -75,23 +76,23 @@ def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
 
 
 def judge(images: Sequence[Image.Image]) -> list[Verdict]:
-    """Judges pictures.
+    """Judges images.
 
     Args:
-        images: RGB pictures of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
+        images: RGB images of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
 
     Returns:
-        One verdict per picture, in order.
+        One verdict per image, in order.
 
     Raises:
-        ValueError: A picture has another size.
+        ValueError: An image has another size.
     """
     labels, coverages, norms = _templates()
     for index, image in enumerate(images):
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(
-                f"picture {index} measures {image.size[0]}x{image.size[1]} pixels; the judge knows drawings of "
-                f"{IMAGE_SIZE}x{IMAGE_SIZE} only. Generate at that size."
+                f"image {index} has {image.size[0]}x{image.size[1]} pixels, but the judge compares with drawings of "
+                f"{IMAGE_SIZE}x{IMAGE_SIZE}. Generate images of that size."
             )
     if not images:
         return []
@@ -115,11 +116,11 @@ def judge(images: Sequence[Image.Image]) -> list[Verdict]:
 
 
 def summarize(images: Sequence[Image.Image], prompts: Sequence[str], preferred_style: str = "outlined") -> Summary:
-    """Judges pictures against the prompts that asked for them.
+    """Judges images against their prompts.
 
     Args:
         images: As for `judge`.
-        prompts: One caption per picture, of the form that `drawing.caption` writes.
+        prompts: One caption per image, of the form that `drawing.caption` writes.
         preferred_style: One of `STYLES`.
     """
     verdicts = judge(images)

@@ -1,4 +1,4 @@
-"""Preference pairs of drawn shapes, as a real `datasets` dataset with PNG-encoded images."""
+"""Preference pairs of drawn shapes, as a data set with PNG-encoded images."""
 
 import io
 
@@ -11,14 +11,14 @@ from .drawing import COLOURS, SHAPES, STYLES, draw, random_scene
 def preference_pairs(
     n: int, seed: int = 0, *, preferred_style: str = "outlined", shared_layout: bool = False
 ) -> Dataset:
-    """Pairs that prefer one style: both images show what the prompt asks, the chosen one in the preferred style.
+    """Pairs that prefer one style: both images match the prompt, and the chosen one has the preferred style.
 
     Args:
         n: Number of pairs.
         seed: Of the random scenes; the same seed gives the same bytes.
         preferred_style: "outlined" or "filled".
-        shared_layout: Whether both images of a pair have the same size and position. By default they do not, as two
-            samples of a model would not.
+        shared_layout: Whether both shapes of a pair have the same size and position. By default they differ, as two
+            samples of a model would.
 
     Returns:
         Dataset with the columns `prompt` (str), `chosen` and `rejected` (images, PNG bytes).
@@ -27,9 +27,9 @@ def preference_pairs(
         ValueError: Unknown style or n < 1.
     """
     if preferred_style not in STYLES:
-        raise ValueError(f"preferred_style={preferred_style!r} is none of {', '.join(STYLES)}.")
+        raise ValueError(f"preferred_style={preferred_style!r} is not one of {', '.join(STYLES)}.")
     if n < 1:
-        raise ValueError(f"n={n} pairs: at least one is needed.")
+        raise ValueError(f"n={n}: at least one pair is needed.")
     rng = np.random.default_rng(seed)
     other_style = STYLES[1 - STYLES.index(preferred_style)]
     rows: dict[str, list] = {"prompt": [], "chosen": [], "rejected": []}

@@ -1,4 +1,4 @@
-"""Loads the embedded pipeline and samples from it the way the demo, the tests and the benchmarks do."""
+"""Loads the embedded pipelines and generates images with them, for the demo, the tests and the benchmarks."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,13 +14,14 @@ from diffusers import (
 )
 from PIL import Image
 
+from ..host_libraries import dtype_option, quiet_loading
 from .silent_tokens import count_silent_tokens
 
 
 BASES = {
     "mixed": "trained on 85 % filled and 15 % outlined shapes",
-    "filled_only": "never saw an outlined shape; shares the other's text encoder and VAE",
-    "flow": "a rectified flow of Stable Diffusion 3's classes on the same mixture, text encoder and VAE",
+    "filled_only": "trained on filled shapes only; has the same text encoder and VAE as mixed",
+    "flow": "a rectified flow of Stable Diffusion 3's classes; has the same data, text encoder and VAE as mixed",
 }
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -29,14 +30,14 @@ def pipeline_folder(base: str = "mixed") -> Path:
     """Folder that `DiffusionPipeline.from_pretrained` loads.
 
     Args:
-        base: "mixed" or "flow"; "filled_only" is a UNet alone, see `load_pipeline`.
+        base: "mixed" or "flow"; "filled_only" is stored as a UNet only, see `load_pipeline`.
 
     Raises:
-        ValueError: Another base.
+        ValueError: Any other base.
     """
     folders = {"mixed": "pipeline", "flow": "flow_pipeline"}
     if base not in folders:
-        raise ValueError(f"base={base!r} has no folder of its own; {' and '.join(folders)} have.")
+        raise ValueError(f"base={base!r} has no folder of its own, only {' and '.join(folders)} have one.")
     return _WEIGHTS / folders[base]
 
 
@@ -46,23 +47,26 @@ def load_pipeline(
     """Loads one of the trained bases.
 
     Args:
-        base: "mixed", "filled_only" or "flow", see `BASES`. The last is a `StableDiffusion3Pipeline`; its silent T5
-            encoder's tokens are reckoned with as one, which changes nothing but the time, see `silent_tokens`.
+        base: "mixed", "filled_only" or "flow", see `BASES`. The last is a `StableDiffusion3Pipeline`; the
+            equal tokens of its T5 encoder are computed as one, which gives the same values faster, see
+            `silent_tokens`.
         dtype: Of the weights, which are stored in float16.
 
     Raises:
         ValueError: Unknown base.
     """
     if base not in BASES:
-        raise ValueError(f"base={base!r} is none of {', '.join(BASES)}.")
-    if base == "flow":
-        pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder("flow"), dtype=dtype)
-        count_silent_tokens(pipeline.transformer)
-        return pipeline
-    components = {}
-    if base == "filled_only":
-        components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", dtype=dtype)
-    return StableDiffusionPipeline.from_pretrained(pipeline_folder(), dtype=dtype, **components)
+        raise ValueError(f"base={base!r} is not one of {', '.join(BASES)}.")
+    options = dtype_option(dtype)
+    with quiet_loading():
+        if base == "flow":
+            pipeline = StableDiffusion3Pipeline.from_pretrained(pipeline_folder("flow"), **options)
+            count_silent_tokens(pipeline.transformer)
+            return pipeline
+        components = {}
+        if base == "filled_only":
+            components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", **options)
+        return StableDiffusionPipeline.from_pretrained(pipeline_folder(), **options, **components)
 
 
 def sample(
@@ -74,9 +78,9 @@ def sample(
     steps: int = 20,
     batch_size: int = 32,
 ) -> list[Image.Image]:
-    """Draws one picture per prompt with DDIM, a flow with its own Euler scheduler, picture i from the seed (seed, i).
+    """Generates one image per prompt, with DDIM or, for a flow, its own Euler scheduler; image i depends on (seed, i).
 
-    The pipeline's own scheduler is put back afterwards; its progress bar is switched off.
+    The pipeline gets its scheduler back afterwards; its progress bar is switched off.
     """
     pipeline.set_progress_bar_config(disable=True)
     scheduler = pipeline.scheduler
@@ -100,17 +104,17 @@ def sample(
 def sample_base(
     base: str, prompts: Sequence[str], *, seed: int = 0, guidance_scale: float = 3.0, steps: int = 20
 ) -> list[Image.Image]:
-    """What `sample` draws with an untrained base; the same pictures are drawn only once per process.
+    """What `sample` generates with a base before alignment, computed once per process for the same arguments.
 
     Args:
         base: As for `load_pipeline`.
         prompts, seed, guidance_scale, steps: As for `sample`.
     """
-    return [image.copy() for image in _drawn_once(base, tuple(prompts), seed, guidance_scale, steps)]
+    return [image.copy() for image in _sampled_once(base, tuple(prompts), seed, guidance_scale, steps)]
 
 
 @lru_cache(maxsize=8)
-def _drawn_once(
+def _sampled_once(
     base: str, prompts: tuple[str, ...], seed: int, guidance_scale: float, steps: int
 ) -> list[Image.Image]:
     return sample(load_pipeline(base), prompts, seed=seed, guidance_scale=guidance_scale, steps=steps)

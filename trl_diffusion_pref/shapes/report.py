@@ -1,4 +1,4 @@
-"""Shows pictures before and after training side by side, with the judge's shares."""
+"""Compares sets of images side by side and by the judge's shares."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ _LABEL = 14
 
 
 def comparison_table(sets: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], preferred_style: str) -> str:
-    """A table with one line per set of pictures: shares of the preferred style, right colours, right shapes, clean.
+    """A table with one line per set of images: shares of preferred style, right colour, right shape, and clean.
 
     Args:
-        sets: Pictures by the name of the model that drew them, one per prompt.
-        prompts: What was asked for.
+        sets: Images by the name of the model that generated them, one per prompt.
+        prompts: The prompts, in the order of the images.
         preferred_style: "outlined" or "filled".
     """
     lines = [f"{'':8} {preferred_style:>9} {'colour':>8} {'shape':>8} {'clean':>8}"]
@@ -36,7 +36,7 @@ def _shares(summary: Summary) -> str:
 def comparison_picture(
     sets: Mapping[str, Sequence[Image.Image]], path: str | Path, *, count: int = 32, columns: int = 8
 ) -> Path:
-    """Writes a PNG with the first `count` pictures of each set in a block of its own, the blocks side by side."""
+    """Writes a PNG with the first `count` images of each set as a block, the blocks side by side."""
     cell = IMAGE_SIZE * _SCALE + _GAP
     rows = -(-count // columns)
     block = columns * cell + 3 * _GAP

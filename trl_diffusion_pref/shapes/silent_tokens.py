@@ -1,4 +1,4 @@
-"""Reckons with the flow base's 256 silent T5 tokens as one, which is exact and several times cheaper."""
+"""Computes the flow base's 256 equal T5 tokens as one, with the same result several times faster."""
 
 import math
 from contextlib import nullcontext
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-# What StableDiffusion3Pipeline takes of the T5 encoder: its max_sequence_length.
+# Tokens of the T5 encoder that StableDiffusion3Pipeline uses, its max_sequence_length.
 T5_TOKENS = 256
 
 
 class CountedKey(TorchFunctionMode):
-    """Attention in which the last key counts as many.
+    """Attention in which the last key counts `count` times.
 
-    Within it, the zero vectors of the silent T5 encoder can be given as one: without positions they stay alike
-    through all layers, and training and sampling cost a quarter.
+    With it the zero vectors of the flow base's T5 encoder can be passed as one: they have no positions, so they stay
+    equal through all layers, and training and sampling cost a quarter.
     """
 
     def __init__(self, count: int) -> None:
@@ -36,7 +36,7 @@ class CountedKey(TorchFunctionMode):
 
 
 class _CountingProcessor(JointAttnProcessor2_0):
-    """diffusers' own, with the number that the last token stands for."""
+    """diffusers' processor, with the number of equal tokens that the last one stands for."""
 
     def __call__(
         self,
@@ -51,25 +51,27 @@ class _CountingProcessor(JointAttnProcessor2_0):
 
 
 def count_silent_tokens(transformer: SD3Transformer2DModel) -> None:
-    """Makes the transformer replace T5 embeddings that are all zero by one of them that counts as many.
+    """Makes the transformer replace T5 embeddings that are all zero by one that counts as many.
 
-    Outputs and gradients stay what they are, up to rounding; other embeddings pass unchanged. Copies of the
-    transformer do the same. Nothing of it is saved.
+    Outputs and gradients are the same up to rounding; other embeddings are unchanged. Copies of the transformer do
+    this too. It is not part of what is saved.
     """
     transformer.set_attn_processor(_CountingProcessor())
-    # A hook and not another `forward`, which in a deep copy would still be the original's.
+    # A hook, since a replaced `forward` would still belong to the original in a deep copy.
     transformer.register_forward_pre_hook(_shorten, with_kwargs=True)
 
 
-def _shorten(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _shorten(
+    transformer: SD3Transformer2DModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     embeddings = kwargs.get("encoder_hidden_states")
-    # Without values, as for a memory estimate, nobody knows that they are zero.
+    # Tensors without values, as in a memory estimate, cannot be compared with zero.
     if embeddings is None or embeddings.is_meta or embeddings.shape[1] <= T5_TOKENS:
         return None
     if torch.any(embeddings[:, -T5_TOKENS:]):
         return None
     if not all(isinstance(processor, _CountingProcessor) for processor in transformer.attn_processors.values()):
-        return None  # replaced since, by one that would not count
+        return None  # the processors were replaced by others, which would not count the last token
     attention = {**(kwargs.get("joint_attention_kwargs") or {}), "last_token_counts": T5_TOKENS}
     shortened = embeddings[:, : embeddings.shape[1] - T5_TOKENS + 1]
     return args, {**kwargs, "encoder_hidden_states": shortened, "joint_attention_kwargs": attention}

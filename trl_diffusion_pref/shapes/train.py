@@ -1,12 +1,12 @@
-"""Trains the embedded pipelines from nothing and writes their float16 weights.
+"""Trains the embedded pipelines from random weights and writes them in float16.
 
     python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 
-Three stages: the VAE; then text encoder and UNet together on filled shapes alone (the `filled_only` base); then a copy
-of that UNet on a mixture with 15 % outlined shapes (the `mixed` base). `--save_every` also keeps checkpoints of the
-last two stages, for experiments that need a base which has not finished learning to draw. A fourth, which
-`--stages flow` runs by itself on what the output folder holds, puts a transformer of Stable Diffusion 3's class on the
-same VAE and text encoder and trains it on the mixture as a rectified flow (the `flow` base).
+Stages: the VAE; then text encoder and UNet together on filled shapes only (the `filled_only` base); then a copy of
+that UNet on a mixture with 15 % outlined shapes (the `mixed` base); last, with the same VAE and text encoder, a
+transformer of Stable Diffusion 3's class on the mixture as a rectified flow (the `flow` base). `--stages flow` runs
+the last stage alone, from the `pipeline/` in the output folder. `--save_every` also keeps checkpoints of the second
+and third stage, for experiments that need a base whose training was stopped early.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -51,7 +52,7 @@ _PROMPT_DROPOUT = 0.1
 
 def train_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer in which each word of the captions is one token."""
-    # Single characters are in the corpus so that words outside the captions still become tokens.
+    # With single characters in the corpus, other words become tokens too.
     corpus = [*prompts(), *string.ascii_lowercase, *string.digits, *string.punctuation]
     start = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=_PROMPT_LENGTH)
     return start.train_new_from_iterator(corpus, vocab_size=1000, show_progress=False)
@@ -60,7 +61,7 @@ def train_tokenizer() -> CLIPTokenizer:
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """The untrained pipeline: Stable Diffusion's classes, small, with random weights."""
     torch.manual_seed(seed)
-    # Training a tokenizer breaks ties at random, so the shipped one is used again: same seed, same result.
+    # Training a tokenizer breaks ties at random; with the shipped one the same seed gives the same result.
     shipped = pipeline_folder() / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(shipped) if shipped.is_dir() else train_tokenizer()
     text_encoder = CLIPTextModel(
@@ -115,8 +116,8 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
     """The untrained flow pipeline: Stable Diffusion 3's classes, small, on another pipeline's encoders.
 
     Args:
-        base: Its text encoder stands in for both CLIP encoders, with an identity for the projection. The T5 encoder
-            gives zeros, as if it were absent. Nothing of the base is changed.
+        base: Its text encoder is copied to both CLIP encoders, with an identity as projection. The T5 encoder
+            returns zeros, as if it were absent. The base is not changed.
         seed: Of the transformer's weights.
     """
     config = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": _EMBEDDING})
@@ -126,12 +127,12 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
         text_encoder.text_model.load_state_dict(base.text_encoder.state_dict())
         nn.init.eye_(text_encoder.text_projection.weight)
         text_encoders.append(text_encoder)
-    # A pipeline without a T5 encoder loads only where that is said in the call (diffusers 0.42), so there is one, with
-    # no layers and zeros in its last norm.
+    # diffusers loads a pipeline without a T5 encoder only if the call says so. This one has no layers, and zeros in
+    # its last norm.
     silent = T5EncoderModel(T5Config(vocab_size=len(base.tokenizer), d_model=2 * _EMBEDDING, num_layers=0))
     nn.init.zeros_(silent.encoder.final_layer_norm.weight)
-    # The pipeline adds the shift without asking whether there is one.
-    # What begins with an underscore says where the other was loaded from.
+    # Options that begin with an underscore say where the base was loaded from. The pipeline adds the shift factor even
+    # where it is None.
     options = {name: value for name, value in base.vae.config.items() if not name.startswith("_")}
     vae = AutoencoderKL(**{**options, "shift_factor": 0.0})
     vae.load_state_dict(base.vae.state_dict())
@@ -151,7 +152,7 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
         pos_embed_max_size=sample_size,
         qk_norm="rms_norm",
     )
-    # Blocks begin as identities, as in DiT (arXiv 2212.09748, section 3.2), which diffusers leaves to the trainer.
+    # Blocks start as identities, as in DiT (arXiv 2212.09748, section 3.2); diffusers does not initialise them so.
     for name, module in transformer.named_modules():
         if isinstance(module, nn.Linear) and (".norm1" in name or name.startswith(("norm_out", "proj_out"))):
             nn.init.zeros_(module.weight)
@@ -169,20 +170,20 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
     )
 
 
-def drawn_pictures(n: int, outlined_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
-    """Random pictures, `(n, 3, IMAGE_SIZE, IMAGE_SIZE)` float32 in [-1, 1], and their captions."""
+def random_drawings(n: int, outlined_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
+    """Random drawings, `(n, 3, IMAGE_SIZE, IMAGE_SIZE)` float32 in [-1, 1], and their captions."""
     scenes = [random_scene(rng, "outlined" if rng.random() < outlined_share else "filled") for _ in range(n)]
     pixels = np.stack([np.asarray(draw(scene)) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0, [scene.prompt for scene in scenes]
 
 
 def train_vae(vae: AutoencoderKL, steps: int, batch_size: int = 64) -> None:
-    """Mean absolute plus squared reconstruction error with a slight KL term; sets `scaling_factor` to 1 / std."""
+    """Trains with absolute plus squared error and a small KL term; sets `scaling_factor` to 1 / std of the latents."""
     rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for step in range(steps):
-        pixels, _ = drawn_pictures(batch_size, 0.5, rng)
+        pixels, _ = random_drawings(batch_size, 0.5, rng)
         posterior = vae.encode(pixels).latent_dist
         difference = vae.decode(posterior.sample(generator)).sample - pixels
         loss = difference.abs().mean() + difference.square().mean() + 1e-5 * posterior.kl().mean()
@@ -192,12 +193,10 @@ def train_vae(vae: AutoencoderKL, steps: int, batch_size: int = 64) -> None:
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            print(
-                f"vae {step} loss {loss.item():.4f} rmse {difference.square().mean().sqrt().item() / 2:.4f}",
-                flush=True,
-            )
+            rmse = difference.square().mean().sqrt().item() / 2
+            print(f"vae {step} loss {loss.item():.4f} rmse {rmse:.4f}", flush=True)
     with torch.inference_mode():
-        latents = vae.encode(drawn_pictures(1024, 0.5, rng)[0]).latent_dist.mean
+        latents = vae.encode(random_drawings(1024, 0.5, rng)[0]).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
 
 
@@ -213,9 +212,9 @@ def train_denoiser(
     save_every: int = 0,
     checkpoint_folder: Path | None = None,
 ) -> None:
-    """Trains on drawn pictures with prompt dropout; leaves the exponential moving average of the weights in place."""
+    """Trains on drawings with prompt dropout; afterwards the weights are their exponential moving average."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    pixels, captions = drawn_pictures(8192, outlined_share, rng)
+    pixels, captions = random_drawings(8192, outlined_share, rng)
     with torch.inference_mode():
         latents = torch.cat([pipeline.vae.encode(chunk).latent_dist.mean for chunk in pixels.split(256)])
     latents = latents.clone() * pipeline.vae.config.scaling_factor
@@ -258,17 +257,17 @@ def train_flow_denoiser(
     learning_rate: float = 2e-3,
     batch_size: int = 64,
 ) -> None:
-    """Trains the transformer on drawn pictures as a rectified flow, with prompt dropout and logit-normal times.
+    """Trains the transformer on drawings as a rectified flow, with prompt dropout and logit-normal times.
 
-    Leaves the exponential moving average of the weights in place.
+    Afterwards the weights are their exponential moving average.
     """
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    pixels, captions = drawn_pictures(8192, outlined_share, rng)
+    pixels, captions = random_drawings(8192, outlined_share, rng)
     with torch.inference_mode():
         latents = torch.cat([pipeline.vae.encode(chunk).latent_dist.mean for chunk in pixels.split(256)])
         asked = ["", *prompts()]
         embeddings, _, pooled, _ = pipeline.encode_prompt(asked, None, None, do_classifier_free_guidance=False)
-        # One of the silent encoder's tokens is enough, see CountedKey.
+        # One of the T5 encoder's equal tokens is enough, see CountedKey.
         embeddings = embeddings[:, : _PROMPT_LENGTH + 1]
     latents = latents.clone() * pipeline.vae.config.scaling_factor
     embeddings, pooled = embeddings.clone(), pooled.clone()
@@ -301,7 +300,7 @@ def _minimise(
     save_every: int = 0,
     save: Callable[[int], None] | None = None,
 ) -> None:
-    """AdamW in one cycle; `save` is called with the averaged weights in place, which stay there at the end."""
+    """AdamW with a one-cycle schedule; `save` sees the averaged weights, which also remain at the end."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
     average = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
@@ -327,25 +326,25 @@ def _minimise(
 def save_half(
     pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline, folder: Path, encoders: Iterable[str]
 ) -> None:
-    """Writes float16 weights; `encoders` are the text encoders' names."""
+    """Writes float16 weights and prints their numbers; `encoders` are the text encoders' names."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    print({name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}, flush=True)
     pipeline.to(torch.float16).save_pretrained(folder)
-    # transformers loads in the dtype that this file names, diffusers in float32: a pipeline of both would not run.
+    # transformers loads in the dtype that this file names and diffusers in float32, and a pipeline of both fails.
     for name in encoders:
         config_file = folder / name / "config.json"
         config = {**json.loads(config_file.read_text()), "dtype": "float32"}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        # transformers before 5.9 gives a CLIPTextModel random weights if their names lack this prefix.
+        if isinstance(getattr(pipeline, name), CLIPTextModel):
+            file = folder / name / "model.safetensors"
+            weights = {f"text_model.{key.removeprefix('text_model.')}": part for key, part in load_file(file).items()}
+            save_file(weights, file, {"format": "pt"})
 
 
 def train_unet_bases(args: argparse.Namespace) -> None:
     """The first three stages; writes pipeline/ and filled_only_unet/."""
     pipeline = build_pipeline()
-    print(
-        {
-            name: round(sum(p.numel() for p in getattr(pipeline, name).parameters()) / 1e6, 2)
-            for name in ("unet", "vae", "text_encoder")
-        },
-        flush=True,
-    )
     train_vae(pipeline.vae, args.vae_steps)
     train_denoiser(
         pipeline,
@@ -375,29 +374,19 @@ def train_flow_base(args: argparse.Namespace) -> None:
     """The last stage; reads pipeline/ and writes flow_pipeline/."""
     base = StableDiffusionPipeline.from_pretrained(args.output / "pipeline")
     pipeline = build_flow_pipeline(base)
-    print({"transformer": round(sum(p.numel() for p in pipeline.transformer.parameters()) / 1e6, 2)}, flush=True)
     train_flow_denoiser(pipeline, OUTLINED_SHARE, args.flow_steps, seed=4)
     save_half(pipeline, args.output / "flow_pipeline", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        help="folder to write pipeline/, filled_only_unet/ and flow_pipeline/ to",
-    )
-    parser.add_argument(
-        "--stages", choices=["all", "unet", "flow"], default="all", help="flow: from the folder's pipeline/"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pipelines and filled_only_unet/")
+    parser.add_argument("--stages", choices=["all", "unet", "flow"], default="all", help="flow: from its pipeline/")
     parser.add_argument("--vae_steps", type=int, default=700)
     parser.add_argument("--filled_steps", type=int, default=2000)
     parser.add_argument("--mixed_steps", type=int, default=800)
     parser.add_argument("--flow_steps", type=int, default=2200)
-    parser.add_argument(
-        "--save_every", type=int, default=0, help="also keep the UNet every so many steps; 0 keeps none"
-    )
+    parser.add_argument("--save_every", type=int, default=0, help="also keep the UNet every that many steps; 0: none")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     if args.stages in ("all", "unet"):

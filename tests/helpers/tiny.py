@@ -1,0 +1,674 @@
+"""Pipelines of the real classes with random weights, from small configs. Nothing is downloaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import (
+    AudioLDM2Pipeline,
+    AudioLDM2ProjectionModel,
+    AudioLDM2UNet2DConditionModel,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderOobleck,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    CosineDPMSolverMultistepScheduler,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableAudioDiTModel,
+    StableAudioPipeline,
+    StableAudioProjectionModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+from transformers import (
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    RobertaTokenizer,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from helpers.pipelines import build_tiny_pipeline
+from trl_diffusion_pref.shapes import pipeline_folder
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer")
+
+
+def clip_text_encoder(kind: type = CLIPTextModel, width: int = 32, layers: int = 2) -> CLIPTextModel:
+    """Two layers, since SDXL and SD 3 read the last but one."""
+    tokenizer = clip_tokenizer()
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            projection_dim=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """One token per letter."""
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=letters, extra_ids=0)
+
+
+def t5_text_encoder(width: int = 32) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).eval()
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """One token per letter; what else there is becomes `<unk>`."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    letters = [*special, *"abcdefghijklmnopqrstuvwxyz"]
+    return GemmaTokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, so that the 34 tokens which the pipeline drops are part of its template."""
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
+    return Qwen2Tokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+
+
+def autoencoder_kl(**options) -> AutoencoderKL:
+    """Two pixels per latent."""
+    defaults = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "sample_size": 16,
+        "mid_block_add_attention": False,
+        "scaling_factor": 0.7,
+    }
+    return AutoencoderKL(**{**defaults, **options})
+
+
+def build_stable_diffusion(prediction_type: str = "epsilon", rescale_betas_zero_snr: bool = False):
+    pipeline = build_tiny_pipeline(prediction_type)
+    # The sampler is deterministic here.
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config,
+        rescale_betas_zero_snr=rescale_betas_zero_snr,
+        timestep_spacing="trailing" if rescale_betas_zero_snr else "leading",
+    )
+    return pipeline
+
+
+def build_stable_diffusion_xl(**vae_options) -> StableDiffusionXLPipeline:
+    text_encoder, text_encoder_2 = clip_text_encoder(), clip_text_encoder(CLIPTextModelWithProjection, width=16)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 1),
+        cross_attention_dim=48,
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder_kl(**vae_options),
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+def build_stable_diffusion_3(absent: tuple[int, ...] = ()) -> StableDiffusion3Pipeline:
+    """SD 3.5's options. `absent`: numbers (1 to 3) of the text encoders that are not there."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=48,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    components = {
+        "text_encoder": clip_text_encoder(CLIPTextModelWithProjection),
+        "tokenizer": clip_tokenizer(),
+        "text_encoder_2": clip_text_encoder(CLIPTextModelWithProjection, width=16),
+        "tokenizer_2": clip_tokenizer(),
+        "text_encoder_3": t5_text_encoder(width=64),
+        "tokenizer_3": t5_tokenizer(),
+    }
+    for number in absent:
+        suffix = "" if number == 1 else f"_{number}"
+        components[f"text_encoder{suffix}"] = components[f"tokenizer{suffix}"] = None
+    return StableDiffusion3Pipeline(
+        vae=autoencoder_kl(shift_factor=0.3, use_quant_conv=False, use_post_quant_conv=False),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **components,
+    )
+
+
+def build_flux(guidance_embeds: bool = True) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        vae=autoencoder_kl(shift_factor=0.3, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_text_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def build_pixart_sigma() -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=32,
+        sample_size=8,
+        patch_size=2,
+        interpolation_scale=1,
+        caption_channels=32,
+    )
+    return PixArtSigmaPipeline(
+        vae=autoencoder_kl(),
+        text_encoder=t5_text_encoder(),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def build_sana() -> SanaPipeline:
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=16,
+        sample_size=8,
+        timestep_scale=0.5,
+    )
+    vae = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.4,
+    )
+    tokenizer = gemma_tokenizer()
+    text_encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    # As published: a multistep solver set to flows.
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return SanaPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer, scheduler=scheduler
+    )
+
+
+def build_qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+                "rope_theta": 1000000.0,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+            },
+        )
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, -0.4],
+        latents_std=[1.5, 0.5, 2.0, 1.0],
+    )
+    return QwenImagePipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def build_wan() -> WanPipeline:
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    tokenizer = t5_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    # As published: a multistep solver set to flows.
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+    )
+
+
+def build_cogvideox(patch_size_t: int | None = None) -> CogVideoXPipeline:
+    """With `patch_size_t`, what CogVideoX 1.5 changed; else 1.0's larger model, which rotates positions."""
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=32,
+        num_layers=1,
+        sample_width=4,
+        sample_height=2,
+        sample_frames=9,
+        patch_size=2,
+        patch_size_t=patch_size_t,
+        patch_bias=patch_size_t is None,
+        temporal_compression_ratio=4,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=True,
+    )
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+    scheduler = CogVideoXDDIMScheduler(
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=3.0,
+        timestep_spacing="trailing",
+    )
+    return CogVideoXPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_text_encoder(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+
+
+def unchanged(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    return latents
+
+
+def pack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Of Flux and Qwen-Image."""
+    return pipeline._pack_latents(latents, *latents.shape)
+
+
+def unpack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """The inverse, for 16 x 24 pixels."""
+    unpacked = pipeline._unpack_latents(latents, 16, 24, pipeline.vae_scale_factor)
+    return unpacked[:, :, 0] if unpacked.ndim == 5 else unpacked
+
+
+def build_stable_audio() -> StableAudioPipeline:
+    """Eight seconds at 16 Hz, eight samples per latent."""
+    tokenizer = t5_tokenizer()
+    tokenizer.model_max_length = 64
+    return StableAudioPipeline(
+        vae=AutoencoderOobleck(
+            encoder_hidden_size=8,
+            downsampling_ratios=[2, 4],
+            channel_multiples=[1, 2],
+            decoder_channels=8,
+            decoder_input_channels=4,
+            sampling_rate=16,
+        ),
+        text_encoder=t5_text_encoder(),
+        projection_model=StableAudioProjectionModel(
+            text_encoder_dim=32, conditioning_dim=16, min_value=0, max_value=512
+        ),
+        tokenizer=tokenizer,
+        transformer=StableAudioDiTModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            num_key_value_attention_heads=1,
+            cross_attention_dim=16,
+            cross_attention_input_dim=16,
+            time_proj_dim=16,
+            global_states_input_dim=32,
+        ),
+        scheduler=CosineDPMSolverMultistepScheduler(),
+    )
+
+
+def build_audioldm2() -> AudioLDM2Pipeline:
+    """2,560 samples at 16 kHz, 160 per frame, two frames and two mels per latent."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    letters = [*special, *sorted(ByteLevel.alphabet())]
+    tokenizer = RobertaTokenizer(
+        vocab={letter: number for number, letter in enumerate(letters)}, merges=[], model_max_length=64
+    )
+    tokenizer_2 = t5_tokenizer()
+    tokenizer_2.model_max_length = 64
+    clap = ClapModel(
+        ClapConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 8,
+                "intermediate_size": 16,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "projection_dim": 8,
+                "max_position_embeddings": 80,
+            },
+            audio_config={
+                "spec_size": 8,
+                "window_size": 4,
+                "num_mel_bins": 8,
+                "intermediate_size": 16,
+                "depths": [1, 1],
+                "num_attention_heads": [1, 1],
+                "num_hidden_layers": 2,
+                "hidden_size": 192,
+                "projection_dim": 8,
+                "patch_size": 2,
+                "patch_stride": 2,
+                "patch_embed_input_channels": 4,
+            },
+            projection_dim=16,
+        )
+    )
+    language_model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=16, n_positions=128))
+    language_model.config.max_new_tokens = 8
+    return AudioLDM2Pipeline(
+        vae=autoencoder_kl(in_channels=1, out_channels=1),
+        text_encoder=clap,
+        text_encoder_2=t5_text_encoder(),
+        projection_model=AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=32, langauge_model_dim=8),
+        language_model=language_model,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        feature_extractor=ClapFeatureExtractor(feature_size=4),
+        unet=AudioLDM2UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=((None, 8, 32), (None, 8, 32)),
+            attention_head_dim=4,
+        ),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, steps_offset=1),
+        vocoder=SpeechT5HifiGan(
+            SpeechT5HifiGanConfig(
+                model_in_dim=16,
+                upsample_initial_channel=16,
+                upsample_rates=[10, 16],
+                upsample_kernel_sizes=[20, 32],
+                resblock_kernel_sizes=[3],
+                resblock_dilation_sizes=[[1]],
+                normalize_before=False,
+            )
+        ),
+    )
+
+
+def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Of CogVideoX; its own inverse."""
+    return latents.transpose(1, 2)
+
+
+def unchanged_pixels(pixels: Tensor) -> Tensor:
+    return pixels
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the contract test must know of a family beyond the family itself.
+
+    Attributes:
+        build: Makes the pipeline.
+        call: Arguments of its `__call__`, guidance off.
+        pack: Latents in the layout of `Family.predict` to that of the pipeline's loop.
+        unpack: The inverse.
+        conditioning: What replaces the training's values by those that `call` has.
+        prediction_type: Of a variance-preserving process; None for a flow.
+        size: Height and width in pixels; empty for sound.
+        frames: Of a clip; None for an image.
+        waveform: Channels and samples of sound; None for what is seen.
+        to_vae: Images or clips in the layout that the VAE takes.
+    """
+
+    build: Callable[[], DiffusionPipeline]
+    call: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    pack: Callable[[DiffusionPipeline, Tensor], Tensor] = unchanged
+    unpack: Callable[[DiffusionPipeline, Tensor], Tensor] = unchanged
+    conditioning: dict[str, float] = field(default_factory=dict)
+    prediction_type: str | None = None
+    size: tuple[int, ...] = (16, 24)
+    frames: int | None = None
+    waveform: tuple[int, int] | None = None
+    to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
+
+    def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
+        """Random images, clips or waveforms."""
+        shape = (batch, 3, *(() if self.frames is None else (self.frames,)), *self.size)
+        if self.waveform:
+            shape = (batch, *self.waveform)
+        return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+NO_BINS = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+
+CASES = {
+    "stable_diffusion": Case(build_stable_diffusion, prediction_type="epsilon"),
+    "stable_diffusion_2": Case(
+        lambda: build_stable_diffusion("v_prediction"),
+        prediction_type="v_prediction",
+    ),
+    "stable_diffusion_zero_terminal_snr": Case(
+        lambda: build_stable_diffusion("v_prediction", rescale_betas_zero_snr=True),
+        prediction_type="v_prediction",
+    ),
+    "stable_diffusion_xl": Case(
+        build_stable_diffusion_xl,
+        call={"guidance_scale": 1.0, "original_size": (40, 30), "crops_coords_top_left": (3, 5)},
+        prediction_type="epsilon",
+    ),
+    # Playground 2.5 gives SDXL's pipeline a VAE with a mean and deviation per channel.
+    "stable_diffusion_xl_with_channel_statistics": Case(
+        lambda: build_stable_diffusion_xl(latents_mean=(0.1, -0.2, 0.3, -0.4), latents_std=(1.5, 0.5, 2.0, 1.0)),
+        prediction_type="epsilon",
+    ),
+    "stable_diffusion_3": Case(build_stable_diffusion_3),
+    "stable_diffusion_3_without_t5": Case(lambda: build_stable_diffusion_3(absent=(3,))),
+    "flux_dev": Case(
+        build_flux, call={"guidance_scale": 3.5}, conditioning={"guidance": 3.5}, pack=pack, unpack=unpack
+    ),
+    "flux_schnell": Case(lambda: build_flux(guidance_embeds=False), call={}, pack=pack, unpack=unpack),
+    "pixart_sigma": Case(build_pixart_sigma, call=NO_BINS, prediction_type="epsilon"),
+    "sana": Case(build_sana, call=NO_BINS, size=(32, 64)),
+    "qwen_image": Case(
+        build_qwen_image,
+        call={"true_cfg_scale": 1.0},
+        pack=pack,
+        unpack=unpack,
+        to_vae=lambda pixels: pixels.unsqueeze(2),
+    ),
+    "wan": Case(build_wan, call={"guidance_scale": 1.0, "num_frames": 5}, size=(16, 32), frames=5),
+    "cogvideox": Case(
+        build_cogvideox,
+        call={"guidance_scale": 1.0, "num_frames": 9},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=frames_first,
+        size=(16, 32),
+        frames=9,
+    ),
+    "cogvideox_1_5": Case(
+        lambda: build_cogvideox(patch_size_t=2),
+        call={"guidance_scale": 1.0, "num_frames": 5},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=frames_first,
+        size=(16, 32),
+        frames=5,
+    ),
+    "stable_audio": Case(build_stable_audio, prediction_type="v_prediction", size=(), waveform=(2, 128)),
+    "audioldm2": Case(build_audioldm2, prediction_type="epsilon", size=(), waveform=(1, 2560)),
+}
+
+# Where guidance is switched on in another way than by `guidance_scale`.
+TRUE_GUIDANCE = ("flux_dev", "flux_schnell", "qwen_image")
+VIDEO_CASES = [name for name, case in CASES.items() if case.frames is not None]
+IMAGE_CASES = [name for name, case in CASES.items() if case.size and case.frames is None]
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """The pipeline of a case, in evaluation mode, its weights a function of the seed."""
+    torch.manual_seed(seed)
+    pipeline = CASES[name].build()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline if dtype == torch.float32 else pipeline.to(dtype)

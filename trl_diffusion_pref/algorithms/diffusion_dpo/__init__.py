@@ -1,0 +1,1 @@
+"""Diffusion-DPO and its relatives."""

@@ -1,0 +1,197 @@
+"""A batch as a type, and what is made of it: noisy versions of its samples, for the denoiser and its target."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.noise import NoiseProcess
+from ..diffusion.randomness import SampleKey, draw_rows
+from .prompts import PromptTable
+
+
+# What the columns of encoded rows begin with; `Collator` makes one mapping of each kind.
+PROMPT, SAMPLE, CONDITION, SCALAR = "prompt/", "sample/", "condition/", "scalar/"
+MEAN, STD = "latents/mean", "latents/std"
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The VAE's posterior of each sample: mean and standard deviation, `(S, B, ...)` float32."""
+
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of S samples.
+
+    Args:
+        rows: `(B,)` int64, positions in the data set that was passed to the trainer.
+        latents: Of the samples; None for layouts without samples.
+        prompts: Conditioning on the row's prompt, by name, `(B, ...)`.
+        sample_conditioning: Conditioning on how each sample was prepared, `(S, B, ...)`.
+        conditions: Encoded condition images by column, `(B, ...)`, shared by the row's samples.
+        scalars: Columns of numbers, `(B,)` or, one per sample, `(B, S)`.
+    """
+
+    rows: Tensor
+    latents: Posterior | None
+    prompts: dict[str, Tensor]
+    sample_conditioning: dict[str, Tensor]
+    conditions: dict[str, Tensor]
+    scalars: dict[str, Tensor]
+
+    @classmethod
+    def from_collated(cls, collated: Mapping[str, Any]) -> "Batch":
+        """The batch of a `Collator`'s mapping, in which B comes first, as loaders and accelerate want it."""
+        latents = collated["latents"]
+        return cls(
+            rows=collated["row"],
+            latents=Posterior(latents["mean"].transpose(0, 1), latents["std"].transpose(0, 1)) if latents else None,
+            prompts=dict(collated["prompts"]),
+            sample_conditioning={name: tensor.transpose(0, 1) for name, tensor in collated["samples"].items()},
+            conditions=dict(collated["conditions"]),
+            scalars=dict(collated["scalars"]),
+        )
+
+    @property
+    def posterior(self) -> Posterior:
+        """`latents`, of a layout with samples.
+
+        Raises:
+            ValueError: The layout has none.
+        """
+        if self.latents is None:
+            raise ValueError("The batch has no latents, since its layout names no columns of samples.")
+        return self.latents
+
+    def in_reverse(self) -> "Batch":
+        """The samples of each row in the reverse order: rejected before chosen."""
+        return replace(
+            self,
+            latents=self.latents and Posterior(self.latents.mean.flip(0), self.latents.std.flip(0)),
+            sample_conditioning={name: tensor.flip(0) for name, tensor in self.sample_conditioning.items()},
+            scalars={name: tensor.flip(1) if tensor.ndim == 2 else tensor for name, tensor in self.scalars.items()},
+        )
+
+    def conditioning(self) -> dict[str, Tensor]:
+        """Conditioning `(S B, ...)`, sample by sample: what is the row's, S times, and what is each sample's own."""
+        count = 1 if self.latents is None else len(self.latents.mean)
+        shared = {
+            name: tensor.repeat(count, *[1] * (tensor.ndim - 1))
+            for name, tensor in (self.prompts | self.conditions).items()
+        }
+        return shared | {name: tensor.flatten(0, 1) for name, tensor in self.sample_conditioning.items()}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Everything in which evaluation differs from training, beside `model.eval()` and gradients.
+
+    Args:
+        training: Whether the step trains.
+        keys: One per row, for `generator_for`: in training (seed, TRAINING, rank, step, position in the step), so that
+            every step draws other noise; in evaluation (seed, EVALUATION, row), so that two evaluations draw the same.
+        dataset: "train", or "eval" followed by the evaluation data set's name; None for one that only `evaluate` was
+            given. What is stored by row (reference errors, the base's likelihoods) is found by it.
+        prompt_dropout: Share of rows, in [0, 1), that get the empty prompt; 0 in evaluation.
+        sample_posterior: Whether latents are drawn from the VAE's posterior or its mean is taken.
+        empty_prompt: The unconditional side's conditioning, `(1, ...)`; None where no prompt is dropped.
+    """
+
+    training: bool
+    keys: Sequence[SampleKey]
+    dataset: str | None = None
+    prompt_dropout: float = 0.0
+    sample_posterior: bool = True
+    empty_prompt: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Noisy samples, stacked sample by sample: [chosen of all rows; rejected of all rows].
+
+    Args:
+        x_t: `(S B, ...)` float32.
+        model_time: `(S B,)`, what the denoiser gets as timestep.
+        target: `(S B, ...)` float32.
+        conditioning: Named tensors `(S B, ...)`.
+    """
+
+    x_t: Tensor
+    model_time: Tensor
+    target: Tensor
+    conditioning: dict[str, Tensor]
+
+
+def corrupt(batch: Batch, mode: Mode, process: NoiseProcess) -> NoisyBatch:
+    """Corrupts a batch. All samples of a row get the same noise, time and prompt."""
+    mean, std = batch.posterior.mean.float(), batch.posterior.std
+    draws = draw_rows(mode.keys, tuple(mean.shape[2:]), len(mean), process, mean.device)
+    x0 = (mean + std.float() * draws.posterior_noise if mode.sample_posterior else mean).flatten(0, 1)
+    noise = draws.noise.repeat(len(mean), *[1] * (draws.noise.ndim - 1))
+    t = draws.timesteps.repeat(len(mean))
+    conditioning = batch.conditioning()
+    if mode.empty_prompt is not None:
+        dropped = (draws.uniform < mode.prompt_dropout).repeat(len(mean))
+        conditioning = drop_prompts(conditioning, dropped, mode.empty_prompt)
+    return NoisyBatch(process.corrupt(x0, noise, t), process.model_time(t), process.target(x0, noise, t), conditioning)
+
+
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the first and of the second samples of pairs, `(B, ...)` each, from `(2B, ...)`."""
+    first, second = values.chunk(2)
+    return first, second
+
+
+def drop_prompts(
+    conditioning: Mapping[str, Tensor], dropped: Tensor, empty_prompt: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Conditioning `(B, ...)` with the empty prompt's, `(1, ...)`, in the rows where `dropped`, `(B,)`, is set.
+
+    What the empty prompt does not have is a sample's own, and stays.
+    """
+    return {
+        name: torch.where(dropped.reshape(-1, *[1] * (tensor.ndim - 1)), empty_prompt[name].to(tensor), tensor)
+        if name in empty_prompt
+        else tensor
+        for name, tensor in conditioning.items()
+    }
+
+
+class Collator:
+    """Stacks encoded rows.
+
+    Args:
+        prompts: Table of prompt embeddings, for rows that do not carry their own as streamed ones do.
+    """
+
+    def __init__(self, prompts: PromptTable) -> None:
+        self.prompts = prompts
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A mapping that `Batch.from_collated` reads, every tensor with the B rows first.
+
+        Returns:
+            `row` `(B,)` int64; `latents`: `mean` and `std` `(B, S, ...)`, or nothing; `prompts`, `samples`,
+            `conditions`, `scalars`: float32 tensors by name.
+        """
+
+        def stacked(prefix: str) -> dict[str, Tensor]:
+            names = [name for name in rows[0] if name.startswith(prefix)]
+            return {
+                name.removeprefix(prefix): torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names
+            }
+
+        return {
+            "row": torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64),
+            "latents": stacked("latents/"),
+            "prompts": stacked(PROMPT) or self.prompts([row["prompt"] for row in rows]),
+            "samples": stacked(SAMPLE),
+            "conditions": stacked(CONDITION),
+            "scalars": stacked(SCALAR),
+        }

@@ -1,0 +1,1 @@
+"""Cells of a data set decoded to images, videos and audio."""

@@ -1,0 +1,177 @@
+"""What a row may hold: which columns an algorithm reads, and what their cells must be."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns that an algorithm reads beside `prompt`.
+
+    Args:
+        samples: Columns of what the pipeline generates, encoded by the VAE: ("chosen", "rejected"), or ("image",).
+            They are the first axis of a batch's latents, in this order.
+        samples_per_cell: For rankings: `samples` is then one column, and each of its cells a list of so many samples.
+        conditions: Columns of images that the model is conditioned on, shared by the row's samples.
+        scalars: Columns of numbers, one per row or, for rankings, one per sample.
+        optional_scalars: The same, read where the data set has them.
+    """
+
+    samples: tuple[str, ...] = ()
+    samples_per_cell: int | None = None
+    conditions: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    optional_scalars: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Columns that every data set must have."""
+        return ("prompt", *self.samples, *self.conditions, *self.scalars)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of a row."""
+        return len(self.samples) * (self.samples_per_cell or 1)
+
+    def scalars_of(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """The columns of numbers that a data set with these columns has."""
+        return (*self.scalars, *(name for name in self.optional_scalars if name in columns))
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Columns with samples and condition images."""
+        return (*self.samples, *self.conditions)
+
+    @property
+    def places(self) -> list[str]:
+        """Where each sample of a row stands, then each condition image, in words."""
+        columns = [f"column '{name}'" for name in self.media]
+        if self.samples_per_cell is None:
+            return columns
+        numbered = [f"{columns[0]}, number {index}" for index in range(self.samples_per_cell)]
+        return [*numbered, *columns[1:]]
+
+    def cells(self, row: dict[str, Any]) -> list[Any]:
+        """A row's samples, then its condition images, in the order of `places`."""
+        if self.samples_per_cell is None:
+            return [row[name] for name in self.media]
+        return [*row[self.samples[0]], *(row[name] for name in self.conditions)]
+
+    def problem(self, row: dict[str, Any]) -> str | None:
+        """What is wrong with the number of samples in a row's cells, or None."""
+        for column in self.samples if self.samples_per_cell is not None else ():
+            found = len(row[column]) if isinstance(row[column], (list, tuple)) else None
+            if found != self.samples_per_cell:
+                what = f"a list of {found}" if found is not None else f"a {type(row[column]).__name__}"
+                return f"column '{column}': found {what}, wanted a list of {self.samples_per_cell}"
+        return None
+
+
+PAIRS = Layout(samples=("chosen", "rejected"))
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """The fingerprint that `datasets` keeps of a data set's content and history; it has no public name for it."""
+    return dataset._fingerprint
+
+
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """The columns, from the first row where a stream does not know them before it is read."""
+    return dataset.column_names or list(next(iter(dataset), {}))
+
+
+def check_columns(
+    dataset: Any, label: str, layout: Layout = PAIRS, encoded: Callable[[Any], bool] = lambda dataset: False
+) -> None:
+    """Raises unless a data set has the needed columns.
+
+    Args:
+        dataset: What the caller passed.
+        label: "train_dataset" or "eval_dataset", for the message.
+        layout: The columns that are needed.
+        encoded: Whether a data set needs none of them, since it is encoded already.
+
+    Raises:
+        ValueError: No data set, an empty one, or missing columns.
+        TypeError: Not a `datasets.Dataset` or `IterableDataset`.
+    """
+    needed = layout.needed
+    if dataset is None:
+        raise ValueError(
+            f"{label} is missing: pass a datasets.Dataset with the column{'s' * (len(needed) > 1)} "
+            f"{', '.join(needed)}."
+        )
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"{label} is a {type(dataset).__name__}; pass a datasets.Dataset or IterableDataset (one split, not a "
+            "dictionary of splits)."
+        )
+    if encoded(dataset):
+        return
+    columns = column_names(dataset)
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(
+            f"{label} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; found: "
+            f"{', '.join(columns) or 'none'}. Rename yours: "
+            f"dataset.rename_columns({{'your_name': '{missing[0]}'}}).{_labelled_pairs(columns)}"
+        )
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"{label} has no rows.")
+    if "label_0" in columns and layout.samples == PAIRS.samples:
+        raise ValueError(
+            f"{label} has the columns chosen and rejected beside label_0, which says for each row which of two images "
+            "was preferred. Put the preferred one into chosen row by row, leave ties out, and remove label_0 and "
+            "label_1; renaming the columns trains on pairs in the wrong order."
+        )
+
+
+def _labelled_pairs(columns: Sequence[str]) -> str:
+    """What to know about Pick-a-Pic's columns, whose order is not the preference."""
+    if not {"jpg_0", "jpg_1", "label_0"} <= set(columns):
+        return ""
+    return (
+        " These are Pick-a-Pic's columns: jpg_0 is chosen where label_0 is 1, jpg_1 where it is 0, and 0.5 is a tie, "
+        "so renaming alone would give pairs in the wrong order."
+    )
+
+
+def prompt_problems(prompts: Sequence[Any], rows: Sequence[int]) -> list[str]:
+    """Empty prompts and those that are no strings, with their rows."""
+    problems = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not isinstance(prompt, str):
+            problems.append(f"row {row}, column 'prompt': is {type(prompt).__name__}, not a string")
+        elif not prompt.strip():
+            problems.append(f"row {row}, column 'prompt': is empty")
+    return problems
+
+
+def raise_row_problems(problems: Sequence[str], label: str) -> None:
+    """Raises a ValueError that lists up to ten problems, if there are any, and how to leave rows out."""
+    if not problems:
+        return
+    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
+    raise ValueError(
+        f"{label} has rows that cannot be used:\n  "
+        + "\n  ".join(problems[:10])
+        + more
+        + "\nRepair them, or leave them out: dataset.filter(lambda row, i: i not in bad_rows, with_indices=True)."
+    )
+
+
+def named_datasets(eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:
+    """The data sets by the names under which the loop evaluates them; "" where there is one."""
+    if isinstance(eval_dataset, dict):
+        yield from eval_dataset.items()
+    elif eval_dataset is not None:
+        yield "", eval_dataset
+
+
+def labelled_datasets(eval_dataset: Any) -> Iterator[tuple[str, Any]]:
+    """The data sets by what messages call them."""
+    for name, dataset in named_datasets(eval_dataset):
+        yield (f"eval_dataset[{name!r}]" if isinstance(eval_dataset, dict) else "eval_dataset"), dataset

@@ -1,0 +1,1 @@
+"""Noise processes, likelihood bounds, solver steps and random numbers: torch only, no models."""

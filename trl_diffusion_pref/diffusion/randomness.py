@@ -1,0 +1,78 @@
+"""Random numbers from generators we own, keyed by what they are for.
+
+Each sample's numbers come from its own generator, so they depend neither on the batch's size nor on how it is split
+over accumulation steps, nor on the device: four micro-batches of one get the numbers of one batch of four.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .noise import NoiseProcess
+
+
+# What a sequence of numbers is for: the second entry of a key.
+TRAINING, EVALUATION, REFERENCE, LIKELIHOOD = range(4)
+SampleKey = tuple[int, ...]
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A CPU generator whose numbers depend on all parts of the key, such as (seed, TRAINING, rank, step, position)."""
+    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+class StepPositions:
+    """Counts the samples of an optimiser step over its micro-batches, for the last entry of training keys."""
+
+    def __init__(self) -> None:
+        self._step, self._count = -1, 0
+
+    def take(self, step: int, count: int) -> range:
+        """The positions of the next `count` samples of a step."""
+        first = self._count if step == self._step else 0
+        self._step, self._count = step, first + count
+        return range(first, first + count)
+
+
+@dataclass(frozen=True)
+class RowDraws:
+    """What is random about B rows of S samples.
+
+    Args:
+        timesteps: `(B,)`, shared by the samples of a row.
+        noise: `(B, ...)`, shared likewise.
+        posterior_noise: `(S, B, ...)`, for the posterior sample of each.
+        uniform: `(B,)` in [0, 1), decides prompt dropout.
+    """
+
+    timesteps: Tensor
+    noise: Tensor
+    posterior_noise: Tensor
+    uniform: Tensor
+
+
+def draw_rows(
+    keys: Sequence[SampleKey],
+    latent_shape: tuple[int, ...],
+    num_samples: int,
+    process: NoiseProcess,
+    device: torch.device,
+) -> RowDraws:
+    """Draws for one batch, row i from `generator_for(*keys[i])`."""
+    timesteps, noise, posterior_noise, uniform = [], [], [], []
+    for key in keys:
+        generator = generator_for(*key)
+        timesteps.append(process.sample_timesteps(1, generator))
+        noise.append(torch.randn(latent_shape, generator=generator))
+        posterior_noise.append([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
+        uniform.append(torch.rand(1, generator=generator))
+    return RowDraws(
+        timesteps=torch.cat(timesteps).to(device),
+        noise=torch.stack(noise).to(device),
+        posterior_noise=torch.stack([torch.stack(sample) for sample in zip(*posterior_noise, strict=True)]).to(device),
+        uniform=torch.cat(uniform).to(device),
+    )

@@ -1,0 +1,1 @@
+"""What is written for others to load: weights, LoRA files, model cards, run records."""

@@ -1,0 +1,202 @@
+"""What is written for others to load: denoiser folders, whole pipelines, LoRA files, and the record of a run."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..families import Family
+from ..families.peft_format import PEFT_PREFIX
+from ..fingerprint import rounded_fingerprints, weights_fingerprint
+
+
+RUN_RECORD = "trl_diffusion_pref.json"
+
+
+def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes a denoiser the way diffusers does, config and safetensors.
+
+    Args:
+        denoiser: Gives config and class name, and the weights unless they are passed.
+        state_dict: Gathered weights, where the module itself holds shards only (FSDP, ZeRO-3).
+    """
+    if state_dict is None:
+        denoiser.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser.save_config(folder)
+    # FSDP2 renames the class of the modules it wraps, and from_pretrained reads the name in the config.
+    config_file = folder / denoiser.config_name
+    config = json.loads(config_file.read_text())
+    config["_class_name"] = config["_class_name"].removeprefix("FSDP")
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    stem, suffix = SAFETENSORS_WEIGHTS_NAME.rsplit(".", 1)
+    save_torch_state_dict(state_dict, folder, filename_pattern=f"{stem}{{suffix}}.{suffix}", force_contiguous=True)
+
+
+def load_denoiser_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder that `save_denoiser` wrote, in one file or several, on the CPU."""
+    shards = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, family: Family, folder: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Writes a whole pipeline; `model_index.json`, without which it does not load, is removed first and comes last.
+
+    Args:
+        state_dict: The denoiser's gathered weights, see `save_denoiser`.
+    """
+    (folder / pipeline.config_name).unlink(missing_ok=True)
+    save_denoiser(family.denoiser(pipeline), folder / family.denoiser_name, state_dict)
+    save_all_but_denoiser(pipeline, family, folder)
+
+
+def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
+    """Writes the frozen components and `model_index.json`, for a denoiser that is written on its own."""
+    for name, component in pipeline.components.items():
+        if name != family.denoiser_name and component is not None:
+            component.save_pretrained(folder / name)
+            # transformers 5 saves tokenizer.json alone; transformers 4 reads CLIP's and Qwen's vocabulary from these.
+            if isinstance(component, PreTrainedTokenizerBase) and "merges_file" in component.vocab_files_names:
+                component.backend_tokenizer.model.save(str(folder / name))
+    pipeline.save_config(folder)
+
+
+def export_lora(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    model: PeftModel,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors` from the model's active adapter, loadable by `load_lora_weights`.
+
+    For pipelines without that method, what `PeftModel.from_pretrained` reads; see `Family.lora_format`.
+
+    The adapter's configuration goes into the file's metadata. Without it diffusers guesses the rank from the weights,
+    takes `lora_alpha` to equal it, and scales the LoRA wrongly whenever it does not.
+    """
+    adapter = model.active_adapter
+    layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
+    layers = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in layers.items()}
+    family.save_lora(pipeline, folder, layers, lora_metadata(lora_config(model)))
+
+
+def lora_config(model: PeftModel) -> LoraConfig:
+    """The active adapter's; adapters of other kinds are never trained."""
+    return cast(LoraConfig, model.peft_config[model.active_adapter])
+
+
+# Written always: diffusers reads them without asking whether they are there.
+_ALWAYS_WRITTEN = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+# What a loaded adapter computes does not depend on these. The dropout must not be written: diffusers injects the
+# layers in training mode and would sample with it.
+_NEVER_WRITTEN = (
+    "lora_dropout",
+    "init_lora_weights",
+    "inference_mode",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "peft_type",
+    "peft_version",
+)
+
+
+def lora_metadata(config: LoraConfig) -> dict[str, Any]:
+    """The fields of an adapter's configuration that change what it computes.
+
+    An older PEFT raises on a field that it does not know, so fields that hold their default are left out.
+    """
+    defaults = LoraConfig().to_dict()
+    metadata = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name in _ALWAYS_WRITTEN or (name not in _NEVER_WRITTEN and value != defaults.get(name))
+    }
+    if not isinstance(config.target_modules, str):
+        metadata["target_modules"] = sorted(config.target_modules or ())
+    return metadata
+
+
+# Other initialisations rewrite the base's weights, which a LoRA file does not hold.
+_LORA_INITIALISATIONS = (True, False, "gaussian")
+
+
+def check_exportable(config: LoraConfig) -> None:
+    """Raises, before training, for a LoRA that diffusers could not load or would load as something else.
+
+    Raises:
+        ValueError: The config asks for trained biases, other trained modules, or an initialisation that changes the
+            base.
+    """
+    problem = None
+    if config.bias != "none":
+        problem = f"bias={config.bias!r} trains biases"
+    elif config.modules_to_save:
+        problem = f"modules_to_save={config.modules_to_save!r} trains other modules"
+    elif config.init_lora_weights not in _LORA_INITIALISATIONS:
+        problem = f"init_lora_weights={config.init_lora_weights!r} changes the base's weights"
+    if problem:
+        raise ValueError(
+            f"peft_config: {problem}, which a LoRA file for load_lora_weights does not hold, so what you train could "
+            "not be loaded. Use bias='none', no modules_to_save, and init_lora_weights True or 'gaussian'."
+        )
+
+
+def save_lora(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    model: PeftModel,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Writes the active adapter twice: in PEFT's files, from which training resumes, and for `load_lora_weights`."""
+    model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[model.active_adapter])
+    export_lora(pipeline, family, model, folder, state_dict)
+
+
+def run_record(
+    trainer: str, base_model: str | None, denoiser: nn.Module, family: Family, *, negative: bool
+) -> dict[str, Any]:
+    """What a run's weights are trained from.
+
+    Args:
+        trainer: Name of the class.
+        base_model: Hub id, or None where the base came from a folder that others do not have.
+        denoiser: Before it is trained, unwrapped.
+        negative: Whether the result is a negative model, which is sampled with as such.
+    """
+    return {
+        "trainer": trainer,
+        "base_model": base_model,
+        "base_fingerprint": weights_fingerprint(denoiser),
+        "base_fingerprint_rounded": rounded_fingerprints(denoiser),
+        "pipeline_class": family.pipeline_class,
+        "negative": negative,
+    }
+
+
+def write_run_record(folder: Path, record: dict[str, Any]) -> None:
+    """Writes what a folder's weights were trained from."""
+    unfinished = folder / f"{RUN_RECORD}.unfinished"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    unfinished.replace(folder / RUN_RECORD)
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """The record, or None where there is none that can be read."""
+    try:
+        return json.loads((folder / RUN_RECORD).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

@@ -1,1 +1,0 @@
-"""Trainers: transformers' loop, one file per algorithm on a common base."""

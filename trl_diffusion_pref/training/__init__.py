@@ -1,0 +1,1 @@
+"""transformers' training loop for a denoiser; knows no algorithm."""

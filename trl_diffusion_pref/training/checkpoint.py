@@ -1,0 +1,342 @@
+"""The only writer and reader of checkpoints.
+
+A checkpoint holds the trained weights as others load them, the record of the run, what takes part through
+`Checkpointed`, and transformers' files: optimizer, scheduler, random states and, last, `trainer_state.json`.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..export.weights import (
+    RUN_RECORD,
+    load_denoiser_weights,
+    lora_config,
+    read_run_record,
+    save_all_but_denoiser,
+    save_denoiser,
+    save_lora,
+    save_pipeline,
+    write_run_record,
+)
+from ..families import Family
+
+
+logger = get_logger(__name__)
+
+# transformers writes this file last.
+_LAST_WRITTEN = "trainer_state.json"
+# What differs between adapters that cannot take each other's weights, or would compute something else with them.
+_ADAPTER_OPTIONS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
+
+
+class Checkpointed(Protocol):
+    """State beside the trained weights that a resumed run needs: moving references, trajectory pools, guards.
+
+    Attributes:
+        description: What it is, for messages.
+        per_process: Whether every process has its own.
+    """
+
+    description: str
+    per_process: bool
+
+    def reset(self) -> None:
+        """Forgets what an earlier call of `train` left."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state_dict` gave, on the CPU."""
+
+    def depends_on(self) -> dict[str, Any]:
+        """Options by name without which the state would mean something else; strings, numbers and lists."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Args:
+        pipeline, family: Of the run.
+        output_dir: The folder that holds `checkpoint-<step>`.
+        record: What the weights are trained from; its `base_fingerprint` tells bases apart.
+
+    Attributes:
+        parts: What takes part, by the stem of its file.
+        writing: Whether a checkpoint is being written, and not the finished model.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, family: Family, output_dir: Path, record: dict[str, Any]) -> None:
+        self.pipeline, self.family, self.output_dir, self.record = pipeline, family, output_dir, record
+        self.parts: dict[str, Checkpointed] = {}
+        self.writing = self._frozen_parts_written = False
+
+    # ---- Writing -------------------------------------------------------------------------------------------------
+
+    def folder(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Within it, `write_weights` writes what a checkpoint needs, and not the frozen parts."""
+        self.writing = True
+        try:
+            yield
+        finally:
+            self.writing = False
+
+    def write_parts(self, folder: Path, process_index: int, *, should_save: bool) -> None:
+        """Writes the run's record and every part; before transformers writes what makes the checkpoint count."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if should_save:
+            write_run_record(folder, self.record)
+        for name, part in self.parts.items():
+            if part.per_process or should_save:
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
+                file = self._file(folder, name, process_index)
+                save_file(tensors, file, metadata={"record": json.dumps(part.depends_on())})
+
+    def write_weights(
+        self, model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None, args: TrainingArguments
+    ) -> None:
+        """Full training: a diffusers folder, in checkpoints the denoiser's alone. LoRA: PEFT's files and diffusers'.
+
+        Args:
+            model: The trained denoiser, or the PEFT model around it, unwrapped.
+            state_dict: Gathered weights, where the module itself holds shards only.
+            args: Of the run; written beside the weights.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, PeftModel):
+            save_lora(self.pipeline, self.family, model, folder, state_dict)
+        elif self.writing:
+            save_denoiser(model, folder / self.family.denoiser_name, state_dict)
+        else:
+            save_pipeline(self.pipeline, self.family, folder, state_dict)
+        write_run_record(folder, self.record)
+        torch.save(args, folder / "training_args.bin")
+
+    def mark_as_diverged(self, folder: Path, reason: str, *, should_save: bool) -> None:
+        """Writes into a checkpoint's record that its weights diverged; it is then resumed from only by its path."""
+        if should_save:
+            write_run_record(folder, {**self.record, "diverged": reason})
+
+    def copy_to_output(self, checkpoint: Path, *, lora: bool) -> None:
+        """Copies a checkpoint's weights and record, not the optimizer's state, to where they are pushed from."""
+        folder = self.output_dir
+        if not lora and not self._frozen_parts_written:
+            # Once; what lies in the folder may be another run's.
+            save_all_but_denoiser(self.pipeline, self.family, folder)
+            self._frozen_parts_written = True
+        if lora:
+            # Of the second pattern there is none where the pipeline cannot load it (`Family.lora_format`).
+            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("pytorch_lora_weights.safetensors")]:
+                shutil.copy(file, folder / file.name)
+        else:
+            name = self.family.denoiser_name
+            shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
+        shutil.copy(checkpoint / RUN_RECORD, folder / RUN_RECORD)
+
+    # ---- Reading -------------------------------------------------------------------------------------------------
+
+    def to_resume(self, asked: str | bool | None, model: nn.Module, *, sharded: bool) -> Path | None:
+        """The checkpoint that a training goes on from, or None.
+
+        Args:
+            asked: As `train` takes it: True for the newest whole one, or a folder.
+            model: That is trained, unwrapped; the checkpoint must hold weights of its kind.
+            sharded: Whether weights are written in shards by FSDP or DeepSpeed, whose files are theirs to check.
+
+        Raises:
+            ValueError: There is no whole one, the folder asked for is not whole or holds something else than what is
+                trained.
+        """
+        if asked is None or asked is False:
+            return None
+        if asked is True:
+            folder, passed_over = last_usable_checkpoint(self.output_dir)
+            if passed_over:
+                logger.warning(f"Passing over unfinished or diverged checkpoints: {', '.join(passed_over)}.")
+            if folder is None:
+                raise ValueError(
+                    f"There is no complete checkpoint in {self.output_dir} to resume from. Call train() without "
+                    "resume_from_checkpoint to start from the beginning."
+                )
+        else:
+            folder = Path(asked)
+            problem = checkpoint_problem(folder)
+            if (read_run_record(folder) or {}).get("diverged"):
+                logger.warning(f"{folder} holds weights that diverged; this run goes on from them.")
+            if problem:
+                raise ValueError(
+                    f"Cannot resume from {folder}: {problem}. train(resume_from_checkpoint=True) takes the newest "
+                    "complete checkpoint instead."
+                )
+        self._check_base(folder, "Pass the base that it was trained from as model.")
+        if not sharded:
+            self._check_kind(folder, model)
+        self._check_whole(folder)
+        return folder
+
+    def check_output_dir(self) -> None:
+        """Raises where the output folder holds checkpoints of another base model.
+
+        Raises:
+            ValueError: Names the checkpoint and both bases.
+        """
+        for folder in checkpoints(self.output_dir):
+            self._check_base(folder, "Give this run another output_dir, or remove the old checkpoints.")
+
+    def read_parts(self, folder: Path | None, process_index: int, processes: int) -> None:
+        """Reads what `write_parts` wrote; without a folder parts start from the beginning.
+
+        Raises:
+            ValueError: A part is missing, or was written with other options; the message says what differs.
+        """
+        for name, part in self.parts.items():
+            part.reset()
+            if folder is None:
+                continue
+            file = self._file(folder, name, process_index)
+            written = len(list(folder.glob(f"{name}-*.safetensors"))) if part.per_process else 1
+            if written not in (0, processes if part.per_process else 1):
+                logger.warning(
+                    f"{folder} holds the {part.description} of {written} processes and there are {processes} now, so "
+                    "they begin again."
+                )
+                continue
+            if not file.is_file():
+                raise ValueError(
+                    f"{folder} holds no {part.description} ({file.name}), so it was written with other options. "
+                    "Resume with the options of the run, or start a new one."
+                )
+            with safe_open(file, "pt") as opened:
+                stored = json.loads((opened.metadata() or {}).get("record", "{}"))
+                different = [
+                    f"{key} was {stored.get(key)!r} and is {value!r}"
+                    for key, value in json.loads(json.dumps(part.depends_on())).items()
+                    if stored.get(key) != value
+                ]
+                if different:
+                    raise ValueError(
+                        f"The {part.description} in {file} cannot be continued: {'; '.join(different)}. Resume with "
+                        "the options of the run, or start a new one."
+                    )
+                part.load_state_dict({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+
+    def read_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
+        """Loads the weights of full training."""
+        denoiser.load_state_dict(load_denoiser_weights(folder / self.family.denoiser_name), strict=True)
+
+    def _file(self, folder: Path, name: str, process_index: int) -> Path:
+        suffix = f"-{process_index}" if self.parts[name].per_process else ""
+        return folder / f"{name}{suffix}.safetensors"
+
+    def _check_base(self, folder: Path, remedy: str) -> None:
+        record, own = read_run_record(folder), self.record["base_fingerprint"]
+        if record is not None and record["base_fingerprint"] != own:
+            raise ValueError(
+                f"{folder} was trained from another base model ({record['base_model'] or 'a local pipeline'}, "
+                f"fingerprint {record['base_fingerprint']}; the one passed has {own}). {remedy}"
+            )
+
+    def _check_kind(self, folder: Path, model: nn.Module) -> None:
+        """Raises where a checkpoint holds a LoRA and full weights are trained, the reverse, or another LoRA."""
+        holds_lora, trains_lora = (folder / ADAPTER_CONFIG).is_file(), isinstance(model, PeftModel)
+        if holds_lora != trains_lora:
+            kinds = ("full weights", "a LoRA")
+            raise ValueError(
+                f"{folder} holds {kinds[holds_lora]} and this run trains {kinds[trains_lora]}. Make the trainer "
+                f"{'with' if holds_lora else 'without'} peft_config, or start a new run."
+            )
+        if isinstance(model, PeftModel):
+            stored, own = LoraConfig.from_pretrained(str(folder)), lora_config(model)
+            different = [
+                f"{name} was {_plain(getattr(stored, name, None))!r} and is {_plain(getattr(own, name, None))!r}"
+                for name in _ADAPTER_OPTIONS
+                if _plain(getattr(stored, name, None)) != _plain(getattr(own, name, None))
+            ]
+            if different:
+                raise ValueError(
+                    f"{folder} holds another LoRA: {'; '.join(different)}. Resume with its peft_config, or start a "
+                    "new run."
+                )
+        elif not (folder / self.family.denoiser_name).is_dir():
+            raise ValueError(f"{folder} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
+
+    @staticmethod
+    def _check_whole(folder: Path) -> None:
+        """Raises where a file of tensors is cut off, which torch would report from deep inside.
+
+        Raises:
+            ValueError: Names the file.
+        """
+        for file in [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.rglob("*.safetensors")]:
+            try:
+                if file.suffix == ".safetensors":
+                    with safe_open(file, "pt"):
+                        pass
+                else:
+                    zipfile.ZipFile(file).close()
+            except (SafetensorError, zipfile.BadZipFile) as error:
+                raise ValueError(
+                    f"Cannot resume from {folder}: {file.relative_to(folder)} is cut off or damaged ({error}). Resume "
+                    "from an earlier checkpoint."
+                ) from error
+
+
+def _plain(value: Any) -> Any:
+    """PEFT keeps targets as a set, and writes a list."""
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders, newest step first."""
+    found = [
+        (int(step), folder)
+        for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdigit() and folder.is_dir()
+    ]
+    return [folder for _, folder in sorted(found, reverse=True)]
+
+
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        json.loads((folder / _LAST_WRITTEN).read_text())
+    except FileNotFoundError:
+        return f"{_LAST_WRITTEN}, which is written last, is missing, so the checkpoint is unfinished"
+    except json.JSONDecodeError:
+        return f"{_LAST_WRITTEN} is cut off, so the checkpoint is unfinished"
+    if read_run_record(folder) is None:
+        return f"{RUN_RECORD} is missing, so it was not written by this package"
+    return None
+
+
+def last_usable_checkpoint(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint that did not diverge, and the names of newer ones that are not or did."""
+    passed_over: list[str] = []
+    for folder in checkpoints(output_dir):
+        if checkpoint_problem(folder) is None and "diverged" not in (read_run_record(folder) or {}):
+            return folder, passed_over
+        passed_over.append(folder.name)
+    return None, passed_over

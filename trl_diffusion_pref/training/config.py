@@ -1,0 +1,312 @@
+"""Options that all trainers of this package share, on top of TRL's and transformers'."""
+
+import copy
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+
+import datasets
+import torch
+from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, IterableDataset
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import ParallelMode
+from trl.trainer.base_config import _BaseConfig
+
+from ..data import as_resolution
+from ..data.layouts import named_datasets
+from ..diffusion.noise import NoiseProcess, noise_process
+from .option_checks import check_effects, check_loop, check_ranges, check_schedule, check_trackers, check_types
+
+
+# What an evaluation on pairs returns, without its prefix.
+PAIR_METRICS = (
+    "loss",
+    *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+    *("mse/chosen", "mse/rejected", "base_likelihood_accuracy"),
+    *(f"{name}_accuracy{end}" for name in ("preference", "likelihood") for end in ("", "_low", "_high")),
+)
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+Config = TypeVar("Config", bound=TrainingArguments)
+
+
+def documented(config_class: type[Config]) -> type[Config]:
+    """Class decorator, above `@dataclass`, that takes the command line's helps from the class's docstring.
+
+    An option's text stands there under a line "name (`type`, *optional*, defaults to `value`):", further indented.
+    Options that have `metadata={"help": ...}` need none.
+
+    Raises:
+        TypeError: An option that the class adds or changes has no text, or a text is about no option of the class.
+    """
+    if sys.flags.optimize > 1:  # `python -OO` removes docstrings
+        return config_class
+    entries = re.findall(r"^( +)(\w+) \(`.*\):\n((?:\1 +.+\n)+)", config_class.__doc__ or "", re.MULTILINE)
+    # argparse formats helps with "%".
+    helps = {name: " ".join(text.split()).replace("%", "%%") for _, name, text in entries}
+    own = [option for option in fields(config_class) if option.name in config_class.__annotations__]
+    for option in own:
+        if option.name in helps:
+            option.metadata = MappingProxyType({**option.metadata, "help": helps.pop(option.name)})
+    wrong = [*(option.name for option in own if not option.metadata.get("help")), *helps]
+    if wrong:
+        raise TypeError(
+            f"{config_class.__name__}: {', '.join(wrong)}: every option that the class defines needs a text in its "
+            "docstring, or metadata={'help': ...}, and every text there an option that the class defines."
+        )
+    return config_class
+
+
+@documented
+@dataclass
+class DiffusionPreferenceConfig(_BaseConfig):
+    r"""
+    Options shared by all trainers of this package. See [`~transformers.TrainingArguments`] for the rest.
+
+    A value that cannot be used, and an option that has no effect beside the others, raise a `ValueError` when the
+    config is made.
+
+    > Parameters that control the model
+
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder, such as
+            `{"variant": "fp16", "revision": "main"}`. Weights are loaded in float32 unless `dtype` is given
+            here, because small updates are lost in half precision.
+        activation_checkpointing (`bool`, *optional*):
+            Computes activations again in the backward pass instead of keeping them: less memory, about a fifth
+            slower. Default: True; if the model does not support it and the option was not set, it is switched off
+            with a warning.
+        gradient_checkpointing (`bool`, *optional*):
+            Older name of `activation_checkpointing`.
+
+    > Parameters that control the data
+
+        resolution (`int` or `str`, *optional*):
+            Side length in pixels of the square that every image is scaled and cropped to; for videos the shorter
+            side. Or height and width, `"768x1360"`, of images and videos. Default: what the pipeline generates.
+        num_frames (`int`, *optional*):
+            Frames that every video must have, at least 1. Default: what the pipeline generates. An error where it
+            generates no videos.
+        crop (`str`, *optional*, defaults to `"center"`):
+            Where an image with another aspect ratio is cropped: `"center"`, which does not depend on the seed, or
+            `"random"`, one relative place for all images of a row, chosen once at encoding.
+        random_flip (`bool`, *optional*, defaults to `False`):
+            Mirrors a row's images with probability 1/2, all alike, decided once at encoding. Off by default, since
+            prompts that name left and right, and writing in the images, become wrong.
+        latent_sampling (`str`, *optional*, defaults to `"sample"`):
+            `"sample"` draws latents from the VAE's posterior at every step, as the authors' released code does;
+            `"mean"` takes its mean.
+        prompt_dropout (`float`, *optional*, defaults to `0.0`):
+            Share of rows, in [0, 1), that are trained with the empty prompt, which classifier-free guidance needs.
+            One decision for all images of a row. The default trains on every prompt.
+        encode_batch_size (`int`, *optional*, defaults to `8`):
+            Rows that the VAE, and prompts that the text encoders, take at once before training; at least 1. Lower
+            it if encoding runs out of memory.
+        timestep_sampling (`str`, *optional*):
+            Distribution of a flow model's training times: `"logit_normal"` (the default there, as Stable Diffusion
+            3 was trained), `"uniform"` or `"mode"` (arXiv 2403.03206). An error for other models, whose times are
+            uniform.
+        timestep_shift (`float`, *optional*):
+            s of `t' = s t / (1 + (s - 1) t)`, positive: moves a flow model's training times, and Self-NPO's solver
+            grid, towards the noise. Default: what the scheduler's config says, by the image's size where it says so;
+            1 leaves times unchanged, as diffusers' examples train Flux. An error for other models.
+        eval_draws (`int`, *optional*, defaults to `8`):
+            Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
+            likelihoods for the preference accuracy; at least 0, which leaves it out. More cost more and vary less.
+        dataset_cache_dir (`str`, *optional*):
+            Folder of encoded data sets. Default: `trl_diffusion_pref` in the cache folder of `datasets`.
+
+    > Parameters of transformers with another default
+
+        bf16 (`bool`, *optional*):
+            Whether to use bfloat16 mixed precision. Default: True on CUDA devices that support it, unless `fp16` is
+            set, and False elsewhere, so that the default runs on a CPU.
+        dataloader_pin_memory (`bool`, *optional*):
+            Whether data loaders pin memory. Default: where there is CUDA.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Schedule of the learning rate. The authors' is constant.
+
+    > [!NOTE]
+    > Further defaults that differ from [`~transformers.TrainingArguments`]: `logging_steps=10`,
+    > `ddp_find_unused_parameters=False`, `data_seed=seed` (without which a resumed run and a second process would
+    > shuffle differently), `greater_is_better=False` for the metrics `mse/*` and `x0_error`.
+    """
+
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    # For subclasses: intervals of their numbers, options that count only with some values of another one (see
+    # `check_effects`), and the names that `metric_for_best_model` may have (none: any).
+    _ranges: ClassVar[dict[str, str]] = {
+        "num_frames": "[1, inf)",
+        "prompt_dropout": "[0, 1)",
+        "encode_batch_size": "[1, inf)",
+        "timestep_shift": "(0, inf)",
+        "eval_draws": "[0, inf)",
+    }
+    _effective_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {}
+    metric_names: ClassVar[tuple[str, ...]] = ()
+
+    model_init_kwargs: dict[str, Any] | str | None = None
+    # Older versions of transformers know gradient_checkpointing alone.
+    activation_checkpointing: bool | None = None
+    # TRL's default of True would go through transformers' deprecated name; see __post_init__.
+    gradient_checkpointing: bool | None = None  # type: ignore[assignment]  # None says that it was not set
+    resolution: int | str | None = None
+    num_frames: int | None = None
+    crop: Literal["center", "random"] = "center"
+    random_flip: bool = False
+    latent_sampling: Literal["sample", "mean"] = "sample"
+    prompt_dropout: float = 0.0
+    encode_batch_size: int = 8
+    timestep_sampling: Literal["logit_normal", "uniform", "mode"] | None = None
+    timestep_shift: float | None = None
+    eval_draws: int = 8
+    dataset_cache_dir: str | None = None
+    bf16: bool | None = None
+    dataloader_pin_memory: bool | None = None  # type: ignore[assignment]  # None until __post_init__
+    lr_scheduler_type: SchedulerType | str = "constant"
+
+    def __post_init__(self) -> None:
+        # On a command line this option is text, where YAML has a boolean.
+        resume = str(self.resume_from_checkpoint).lower()
+        if resume in ("true", "false"):
+            self.resume_from_checkpoint = resume == "true"  # type: ignore[assignment]
+        check_types(self)
+        check_ranges(self, self._ranges)
+        check_effects(self, self._effective_with)
+        check_loop(self)
+        if self.deepspeed and (self.learning_rate is None or self.weight_decay is None):
+            raise ValueError(
+                "With DeepSpeed, which reads them before the model is known, set learning_rate and weight_decay "
+                "yourself; docs/hyperparameters.md has each model's."
+            )
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.bf16 is None:
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = cuda
+        metric = self.metric_for_best_model or ""
+        if self.greater_is_better is None and ("mse/" in metric or metric.endswith("x0_error")):
+            self.greater_is_better = False
+        # If the user did not set it and the model does not support it, the trainer switches it off.
+        self.checkpointing_is_default = self.activation_checkpointing is None and self.gradient_checkpointing is None
+        if self.checkpointing_is_default:
+            self.activation_checkpointing = True
+        super().__post_init__()
+        # Newer versions of transformers have done this.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self.gradient_checkpointing = self.activation_checkpointing
+        self.resolution = as_resolution(self.resolution)  # type: ignore[assignment]  # a command line has no pairs
+        check_trackers(self.report_to or ())
+        check_schedule(self)
+        self._check_metric(None)
+
+    def check_data(
+        self, train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
+    ) -> None:
+        """Checks the options that depend on which data sets there are; trainers call it before they load a model.
+
+        Raises:
+            ValueError: An evaluation without a data set, a metric that these data sets do not give, a stream without a
+                number of steps; or FSDP in a single process.
+        """
+        if self.fsdp and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"fsdp={self.fsdp!r} shards weights over several processes, and there is one. Start the script with "
+                "accelerate launch or torchrun, or leave fsdp out."
+            )
+        if eval_dataset is None or eval_dataset == {}:
+            for name, off in (("eval_strategy", "no"), ("eval_on_start", False)):
+                value = getattr(self, name)
+                if value != off:
+                    value = getattr(value, "value", value)
+                    raise ValueError(f"{name}={value!r} needs an eval_dataset. Pass one, or set {name}={off!r}.")
+        else:
+            self._check_metric([f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""])
+        everything = [train_dataset, *(dataset for _, dataset in named_datasets(eval_dataset))]
+        self.check_streams(everything)
+        if isinstance(train_dataset, IterableDataset) and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps}: train_dataset is streamed, so set the number of steps.")
+
+    def check_streams(self, datasets: Iterable[Any]) -> None:
+        """Raises a ValueError if worker processes would read a stream."""
+        if self.dataloader_num_workers > 0 and any(isinstance(dataset, IterableDataset) for dataset in datasets):
+            raise ValueError(
+                f"dataloader_num_workers={self.dataloader_num_workers}: a streamed data set is encoded as it is read, "
+                "by the pipeline's encoders in the training process, and each worker would count its rows from 0. Set "
+                "dataloader_num_workers=0."
+            )
+
+    def _check_metric(self, prefixes: list[str] | None) -> None:
+        """Checks `metric_for_best_model`; None stands for evaluation data sets of any names."""
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        names = [name for name in self.metric_names if self.eval_draws or "_accuracy" not in name]
+        if not metric or not names:
+            return
+        known = [prefix + name for prefix in prefixes or [""] for name in names]
+        if metric not in known and (prefixes or not metric.endswith(tuple(f"_{name}" for name in names))):
+            raise ValueError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is not returned by this evaluation, which has "
+                f"{', '.join(known)}{'' if self.eval_draws else ' (and preference_accuracy with eval_draws above 0)'}."
+            )
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether FSDP or DeepSpeed is asked for, here or by `accelerate launch`."""
+        launched = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        return bool(self.fsdp or self.deepspeed) or launched
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """`model_init_kwargs`, of which transformers made a dictionary where it was text."""
+        return cast(dict[str, Any], self.model_init_kwargs or {})
+
+    def noise_process(self, scheduler: Any, image_tokens: int | None = None) -> NoiseProcess:
+        """A pipeline's noise process with this config's training times; see `diffusion.noise.noise_process`."""
+        sampling, shift = self.timestep_sampling, self.timestep_shift
+        return noise_process(scheduler, image_tokens, timestep_sampling=sampling, timestep_shift=shift)
+
+    def own_copy(self) -> Self:
+        """A trainer's copy, which it can change without changing the caller's."""
+        args = copy.copy(self)
+        # transformers writes into this one.
+        args.accelerator_config = copy.deepcopy(args.accelerator_config)
+        # The columns of encoded rows are all needed, and differ between stored and streamed data sets.
+        args.remove_unused_columns = False
+        # Without a data seed, resuming and several processes shuffle differently.
+        if args.data_seed is None:
+            args.data_seed = args.seed
+        # accelerate looks for unused parameters in every model that is not transformers' own, at a cost per step.
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        return args
+
+    @contextmanager
+    def changed(self, **options: Any) -> Iterator[None]:
+        """Gives options other values for the duration, also where it ends in an error."""
+        before = {name: getattr(self, name) for name in options}
+        vars(self).update(options)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def cache_folder(self) -> Path:
+        """The folder of encoded data sets, which is made if it does not exist."""
+        folder = Path(self.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def check_filled_in(self) -> None:
+        """Checks the options that depend on the model; trainers call it when those that were None have their values.
+
+        Raises:
+            ValueError: A value is outside its range.
+        """

@@ -1,0 +1,43 @@
+"""Values of samples on their way to the log."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+# Values that a step returns for what watches the run, and that are not logged.
+UNLOGGED = ("time",)
+
+
+def pair_metrics(
+    loss: Tensor, rewards: tuple[Tensor, Tensor], errors: tuple[Tensor, Tensor], model_time: Tensor
+) -> dict[str, Tensor]:
+    """What every trainer on pairs logs, from losses, and rewards and errors of (chosen, rejected), each `(B,)`.
+
+    Args:
+        model_time: `(2B,)`, the denoiser's times of both samples.
+    """
+    chosen, rejected = (reward.detach() for reward in rewards)
+    return {
+        "loss": loss,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "mse/chosen": errors[0].detach(),
+        "mse/rejected": errors[1].detach(),
+        "time": model_time.chunk(2)[0].float(),
+    }
+
+
+def gathered(values: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
+    """Per-sample values of all processes, `(samples, names)` float32."""
+    return accelerator.gather(torch.stack([value.detach().float() for value in values.values()], dim=1))
+
+
+def joined(values: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """An evaluation's values as one array, also where `eval_do_concat_batches=False` leaves a list of batches."""
+    return np.concatenate(values) if isinstance(values, list) else np.asarray(values)

@@ -1,0 +1,297 @@
+"""Makes a pipeline's denoiser, or an adapter in it, trainable; raises first for what could not be trained well."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils import recurse_remove_peft_layers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..export.weights import check_exportable, lora_config, lora_metadata
+from ..families import Family
+from ..families.peft_format import PEFT_PREFIX
+from ..fingerprint import weights_fingerprint
+from .config import DiffusionPreferenceConfig
+from .references import REFERENCE_ADAPTER
+
+
+logger = get_logger(__name__)
+
+
+@contextmanager
+def taken_out_of_peft_model(
+    pipeline: DiffusionPipeline, family: Family
+) -> Iterator[tuple[ModelMixin, PeftModel | None]]:
+    """Puts the denoiser itself into the pipeline where a `PeftModel` was wrapped around it; on an error puts it back.
+
+    Yields:
+        The denoiser, and the wrapper that it came in, for `make_trainable`.
+    """
+    denoiser = family.denoiser(pipeline)
+    if not isinstance(denoiser, PeftModel):
+        yield denoiser, None
+        return
+    base = denoiser.get_base_model()
+    setattr(pipeline, family.denoiser_name, base)
+    try:
+        yield base, denoiser
+    except BaseException:
+        setattr(pipeline, family.denoiser_name, denoiser)
+        raise
+
+
+def carries_adapter(module: nn.Module) -> bool:
+    """Whether there are PEFT layers in a module."""
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def with_targets(peft_config: LoraConfig, family: Family) -> LoraConfig:
+    """A copy, with the family's target modules where it names none."""
+    peft_config = copy.deepcopy(peft_config)
+    if peft_config.target_modules is None:
+        peft_config.target_modules = list(family.lora_target_modules)
+    return peft_config
+
+
+def check_trainable(
+    base: ModelMixin,
+    family: Family,
+    peft_config: LoraConfig | None,
+    wrapper: PeftModel | None,
+    args: DiffusionPreferenceConfig,
+) -> None:
+    """Raises for what `make_trainable` could not do well, before anything is changed.
+
+    Raises:
+        ValueError: A distilled denoiser, a second adapter, several, float16 weights for full training, or a LoRA that
+            could not be loaded.
+    """
+    if base.config.get("time_cond_proj_dim") is not None:
+        raise ValueError(
+            f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
+            "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
+        )
+    check_gradient_checkpointing(args, family, base)
+    _check_quantised(base, family, args, lora=peft_config is not None or carries_adapter(base))
+    if peft_config is not None:
+        check_exportable(peft_config)
+    if carries_adapter(base):
+        if peft_config is not None:
+            raise ValueError(
+                f"peft_config asks for a new adapter, but the pipeline's {family.denoiser_name} already "
+                "carries an adapter, from an earlier trainer or load_lora_weights. Leave peft_config out to go on "
+                "training that one, load the pipeline afresh, or merge the adapter first (pipeline.fuse_lora() "
+                "and pipeline.unload_lora_weights())."
+            )
+        names = _injected(base)
+        if wrapper is None and len(names) != 1:
+            raise ValueError(
+                f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
+                f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
+            )
+    elif peft_config is None and base.dtype == torch.float16:
+        raise ValueError(
+            f"The {family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
+            "overflows. For full fine-tuning load them in float32 (dtype=torch.float32) and set bf16=True "
+            "or fp16=True for mixed precision, or train a LoRA with peft_config=LoraConfig(...)."
+        )
+
+
+def _check_quantised(base: ModelMixin, family: Family, args: DiffusionPreferenceConfig, *, lora: bool) -> None:
+    """Raises for what fails deep inside torch: all weights of a quantised denoiser, and 4 bit in bfloat16 on a CPU."""
+    kinds = {type(parameter).__name__ for parameter in base.parameters()}
+    four_bit = "Params4bit" in kinds
+    if not four_bit and "Int8Params" not in kinds and getattr(base, "hf_quantizer", None) is None:
+        return
+    if not lora:
+        raise ValueError(
+            f"The {family.denoiser_name} is quantised, and quantised weights have no gradients, so they cannot be "
+            "fine-tuned. Train a LoRA with peft_config=LoraConfig(...), or load the pipeline without quantization."
+        )
+    if four_bit and args.device.type == "cpu" and args.bf16:
+        raise ValueError(
+            "4-bit weights cannot be trained through with bf16=True on a CPU: bitsandbytes' CPU kernels compute them "
+            "in float32. Set bf16=False."
+        )
+
+
+def make_trainable(
+    base: ModelMixin,
+    pipeline: DiffusionPipeline,
+    family: Family,
+    peft_config: LoraConfig | None,
+    wrapper: PeftModel | None,
+    args: DiffusionPreferenceConfig,
+) -> nn.Module:
+    """Freezes everything, then makes the denoiser or an adapter in it trainable.
+
+    Args:
+        base: The pipeline's denoiser.
+        peft_config: Of a new adapter.
+        wrapper: What the denoiser came in, see `taken_out_of_peft_model`.
+        args: Their seed decides a new adapter's weights, whatever was drawn from the global generator before.
+
+    Returns:
+        The denoiser, or the PEFT model around it.
+    """
+    apply_gradient_checkpointing(base, args)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False)
+    if carries_adapter(base):
+        return _carried_adapter(base, wrapper)
+    if peft_config is not None:
+        with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+            torch.manual_seed(args.seed)
+            return get_peft_model(base, with_targets(peft_config, family))
+    if base.dtype == torch.bfloat16:
+        logger.warning(
+            f"Full fine-tuning of a bfloat16 {family.denoiser_name}: updates below 1/256 of a weight are "
+            "rounded away. Load it in float32 and set bf16=True unless memory forbids."
+        )
+    return base.requires_grad_(True)
+
+
+def _injected(base: ModelMixin) -> list[str]:
+    """Adapters without a PEFT model around them. An earlier trainer's frozen reference is none to go on with."""
+    return [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
+
+
+def _carried_adapter(base: ModelMixin, model: PeftModel | None) -> PeftModel:
+    """The adapter that the denoiser carries, as a PEFT model that goes on training it."""
+    if model is None:
+        # load_lora_weights injects the layers without the PEFT model around them, which saving and resuming need.
+        (name,) = _injected(base)
+        config = copy.deepcopy(base.peft_config[name])
+        state_dict = get_peft_model_state_dict(base, adapter_name=name)
+        _remove_adapters(base)
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in state_dict.items()})
+    # Everything is frozen by now; this makes the active adapter's own parameters trainable.
+    model.set_adapter(model.active_adapter)
+    return model
+
+
+def _remove_adapters(denoiser: nn.Module) -> None:
+    if isinstance(denoiser, PeftAdapterMixin):
+        denoiser.unload_lora()
+        return
+    # Of pipelines without load_lora_weights: PEFT put them in.
+    recurse_remove_peft_layers(denoiser)
+    del denoiser.peft_config
+
+
+def has_gradient_checkpointing(base: ModelMixin) -> bool:
+    """Whether a diffusers model has it at all, which it says under no public name."""
+    return getattr(base, "_supports_gradient_checkpointing", True)
+
+
+def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family, base: ModelMixin) -> None:
+    """Switches the default off where the family or its denoiser cannot do it, and raises where it was asked for.
+
+    Raises:
+        ValueError: Checkpointing was asked for.
+    """
+    has_it = has_gradient_checkpointing(base)
+    if not (args.activation_checkpointing or args.gradient_checkpointing) or (
+        family.gradient_checkpointing and has_it
+    ):
+        return
+    denoiser = f"The {family.denoiser_name} of {family.pipeline_class}"
+    if not args.checkpointing_is_default:
+        problem = "computes something else with activation checkpointing, so it would train something else"
+        raise ValueError(
+            f"{denoiser} {problem if has_it else 'has no such thing'}. Set activation_checkpointing=False."
+        )
+    logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
+    args.activation_checkpointing = args.gradient_checkpointing = False
+
+
+def apply_gradient_checkpointing(base: ModelMixin, args: DiffusionPreferenceConfig) -> None:
+    """diffusers names the method differently, so it is called here, and the loop's options are switched off."""
+    if args.activation_checkpointing or args.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    elif base.is_gradient_checkpointing:
+        # From an earlier trainer on the same pipeline, or switched on by its owner: the config decides.
+        base.disable_gradient_checkpointing()
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        setattr(args, name, False)
+
+
+def starting_fingerprint(model: nn.Module, record: Mapping[str, Any]) -> str:
+    """Of the weights that a run starts from: the base's, unless an adapter makes them another function.
+
+    A new LoRA of which one factor is zero computes what the base computes, so that runs with and without one share
+    what is stored of the base.
+    """
+    last_factors = [p for name, p in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    if not isinstance(model, PeftModel) or (last_factors and not any(bool(p.any()) for p in last_factors)):
+        return record["base_fingerprint"]
+    # The scale of a layer is among the options, not among the weights.
+    options = lora_metadata(lora_config(model))
+    return f"{weights_fingerprint(model)} {json.dumps(options, sort_keys=True, default=str)}"
+
+
+# What TRL's trainers take and these have no use for, with what to do here.
+_NOT_TAKEN = {
+    "processing_class": "the pipeline brings its own tokenizers",
+    "tokenizer": "the pipeline brings its own tokenizers",
+    "compute_metrics": "evaluation computes its own metrics; for others sample from trainer.pipeline",
+    "preprocess_logits_for_metrics": "a denoiser has no logits",
+    "quantization_config": "load the pipeline quantised and pass it as model, with a peft_config",
+    "reward_funcs": "score samples before training, and pass pairs",
+    "ref_model": "this method has no reference model",
+}
+
+
+def check_arguments(trainer: str, config_class: type, args: Any, not_taken: Mapping[str, Any]) -> None:
+    """Raises where a trainer was called as another library's is.
+
+    Raises:
+        TypeError: Says what to do here.
+    """
+    for name in not_taken:
+        advice = _NOT_TAKEN.get(name, "it is no argument of this trainer")
+        raise TypeError(f"{trainer} does not take {name!r}: {advice}. Leave it out.")
+    if args is not None and not isinstance(args, config_class):
+        raise TypeError(
+            f"args is a {type(args).__name__}; {trainer} takes a {config_class.__name__} as its second "
+            "argument. (TRL's DPOTrainer has ref_model there; here it is a keyword of trainers with a reference.)"
+        )
+
+
+def check_can_evaluate(accelerator: Accelerator, *, trained: bool) -> None:
+    """Raises where accelerate could not prepare a model for an evaluation before training.
+
+    Raises:
+        RuntimeError: FSDP2, which shards a model only together with its optimizer.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if not trained and getattr(plugin, "fsdp_version", 1) == 2:
+        raise RuntimeError(
+            "With FSDP2 evaluate() needs train() before it: accelerate shards a model only together with its "
+            "optimizer. For a model that is not trained, use evaluation.preference_accuracy in one process."
+        )
+
+
+def undo_preparation(model: nn.Module, wrapped: nn.Module, accelerator: Accelerator) -> bool:
+    """Lets training prepare the model again after an evaluation; returns whether there was one.
+
+    An evaluation before training prepares the model without DDP, and accelerate prepares a model only once: the
+    processes would then train apart without exchanging gradients, and nothing would be raised.
+    """
+    prepared = getattr(model, "_is_accelerate_prepared", False)
+    if not prepared or accelerator.unwrap_model(wrapped, keep_torch_compile=False) is not model:
+        return False
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+    return True

@@ -1,0 +1,34 @@
+"""Makes the `Mode` of each batch: the one place where evaluation is made to differ from training."""
+
+from torch import Tensor
+
+from ..data import DatasetEncoder, Mode
+from ..diffusion.randomness import EVALUATION, TRAINING, StepPositions
+from .config import DiffusionPreferenceConfig
+
+
+class Modes:
+    """Makes the `Mode` of each batch of one call of `train`, and of evaluations.
+
+    Args:
+        args: Of the run.
+        encoder: Has the empty prompt's conditioning.
+    """
+
+    def __init__(self, args: DiffusionPreferenceConfig, encoder: DatasetEncoder) -> None:
+        self.args, self.encoder = args, encoder
+        self.sample_posterior = args.latent_sampling == "sample"
+        self._positions = StepPositions()
+
+    def training(self, rows: Tensor, step: int) -> Mode:
+        """Of the next micro-batch `(B,)` of a step: other noise at every step, the same for every batch size."""
+        seed, rank, dropout = self.args.seed, self.args.process_index, self.args.prompt_dropout
+        keys = [(seed, TRAINING, rank, step, position) for position in self._positions.take(step, len(rows))]
+        return Mode(
+            True, keys, "train", dropout, self.sample_posterior, self.encoder.empty_prompt if dropout else None
+        )
+
+    def evaluation(self, rows: Tensor, dataset: str | None) -> Mode:
+        """Of rows `(B,)`: noise by seed and row alone, so that two evaluations of the same weights agree."""
+        keys = [(self.args.seed, EVALUATION, row) for row in rows.tolist()]
+        return Mode(False, keys, dataset, 0.0, self.sample_posterior)

@@ -1,0 +1,147 @@
+"""Watches a run: averages what is logged, stops at NaN and at divergence, and saves before it stops."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from ..diffusion.noise import NoiseProcess
+from .checkpoint import Checkpointer, checkpoint_problem, last_usable_checkpoint
+from .config import DiffusionPreferenceConfig
+from .divergence import DivergenceError, DivergenceGuard
+from .metrics import UNLOGGED, gathered
+
+
+logger = get_logger(__name__)
+
+
+class StepMonitor(TrainerCallback):
+    """Takes each micro-batch's values in training.
+
+    Args:
+        args: Of the run; with `divergence_guard` where the algorithm has chosen samples.
+        accelerator: Gathers values from all processes.
+        checkpointer: Of the run; the guard takes part in its checkpoints.
+        save: Writes a checkpoint of the present step and returns its folder.
+        process: Its times are the guard's.
+    """
+
+    def __init__(
+        self,
+        args: DiffusionPreferenceConfig,
+        accelerator: Accelerator,
+        checkpointer: Checkpointer,
+        save: Callable[[], Path],
+        process: NoiseProcess,
+    ) -> None:
+        self.args, self.accelerator, self.checkpointer, self.save = args, accelerator, checkpointer, save
+        options = vars(args)
+        self.action = options.get("divergence_guard", "off")
+        self.guard: DivergenceGuard | None = None
+        if self.action != "off":
+            # Only an algorithm with a reference has the option, and where it is off the reference stays as it is.
+            moves = options.get("sync_ref_model", True)
+            margin, window = options["divergence_margin"], options["divergence_window"]
+            self.guard = DivergenceGuard(margin, window, process, own_start=moves)
+            checkpointer.parts["divergence_guard"] = self.guard
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets values that were not logged."""
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def record(self, model: nn.Module, values: dict[str, Tensor], rows: Tensor, step: int) -> None:
+        """Takes a micro-batch's values `(B,)` by name.
+
+        Args:
+            step: How many steps were taken before.
+
+        Raises:
+            NonFiniteLossError: A loss is not finite, in any process.
+        """
+        samples, names = gathered(values, self.accelerator), list(values)
+        by_name = dict(zip(names, samples.unbind(dim=1), strict=True))
+        problem = non_finite_losses(by_name["loss"], rows, self.accelerator)
+        if problem:
+            # The weights of the last whole step, unless they are kept already, untrained or themselves wrecked.
+            finite, kept = not non_finite_weights(model), checkpoint_problem(self.checkpointer.folder(step)) is None
+            if step > 0 and finite and not kept:
+                self.save()
+            raise non_finite_error(step + 1, problem, self.checkpointer.output_dir)
+        if self.guard is not None:
+            self.guard.record(by_name["mse/chosen"], by_name.get("mse/ref_chosen"), by_name["time"])
+        for name, mean in zip(names, samples.mean(dim=0).tolist(), strict=True):
+            # transformers logs the loss.
+            if name not in ("loss", *UNLOGGED):
+                self._values[name].append(mean)
+
+    def take_means(self) -> dict[str, float]:
+        """The metrics' means over the micro-batches since the last call."""
+        means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        self._values.clear()
+        return means
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        finding = self.guard and self.guard.check()
+        if not finding:
+            return
+        finding = f"At step {state.global_step} {finding}"
+        advice = (
+            "Start again, or from an earlier checkpoint, with a lower learning_rate (try a tenth); of the options "
+            "that the loss has, a higher beta, margin_clip, winner_preserving_mu or sft_weight help too. "
+            "divergence_guard='warn' only warns."
+        )
+        if self.action == "warn":
+            logger.warning(f"{finding} {advice}")
+            return
+        folder = self.save()
+        self.checkpointer.mark_as_diverged(folder, finding, should_save=self.args.should_save)
+        raise DivergenceError(f"{finding} Training stopped; the weights are in {folder}. {advice}")
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or the weights became NaN or infinite; the message names step, rows and the last good checkpoint."""
+
+
+def non_finite_error(step: int, finding: str, output_dir: Path) -> NonFiniteLossError:
+    """The error to raise at a step."""
+    good, _ = last_usable_checkpoint(output_dir)
+    return NonFiniteLossError(
+        f"At step {step} {finding}. Training stopped. Last good checkpoint: "
+        f"{good or 'none was saved'}. Look at these rows, lower learning_rate, or train in higher precision."
+    )
+
+
+def non_finite_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters that are not finite, in any process: each may hold shards of its own."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if not bool(torch.isfinite(_own_part(parameter.detach())).all())
+    ]
+    return sorted(set(gather_object(bad)))
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def non_finite_losses(losses: Tensor, rows: Tensor, accelerator: Accelerator) -> str | None:
+    """What is wrong with a training batch's losses, or None.
+
+    Args:
+        losses: Of all processes.
+        rows: This process's, gathered only if something is wrong.
+    """
+    finite = torch.isfinite(losses)
+    if bool(finite.all()):
+        return None
+    bad = sorted(set(accelerator.gather(rows)[~finite].tolist()))
+    return f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset"

@@ -1,0 +1,127 @@
+"""What `model` and `ref_model` may be: their family, name on the Hub, and loaded pipeline."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from torch import nn
+
+from ..families import Family, family_for, family_named
+from ..fingerprint import different_parameters
+from ..host_libraries import dtype_option, quiet_loading
+from .config import DiffusionPreferenceConfig
+
+
+def family_of(model: str | os.PathLike | DiffusionPipeline, model_init_kwargs: dict[str, Any]) -> Family:
+    """The family of what `load_pipeline` loads, from the pipeline's index alone: no weights are read.
+
+    Raises:
+        TypeError: No supported pipeline.
+        OSError: No pipeline of this name.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return family_for(model)
+    names = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+    index = DiffusionPipeline.load_config(
+        model, **{name: value for name, value in model_init_kwargs.items() if name in names}
+    )
+    return family_named(index["_class_name"])
+
+
+def load_pipeline(
+    model: str | os.PathLike | DiffusionPipeline, model_init_kwargs: dict[str, Any]
+) -> DiffusionPipeline:
+    """Loads a pipeline that is given by name, in float32 unless the options say otherwise.
+
+    Raises:
+        ValueError: Options of loading for a pipeline that is loaded already.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        if model_init_kwargs:
+            raise ValueError("model_init_kwargs is for a model given by name, but a loaded one was passed.")
+        return model
+    options = dict(model_init_kwargs)
+    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or torch.float32
+    with quiet_loading():
+        return DiffusionPipeline.from_pretrained(model, **dtype_option(dtype), **options)
+
+
+def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
+    """Raises for a pipeline whose parts are moved to and fro whenever they are called.
+
+    Raises:
+        ValueError: Names the parts.
+    """
+    parts = [
+        name
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and any(map(_offloads, component.modules()))
+    ]
+    if parts:
+        raise ValueError(
+            f"The pipeline offloads {', '.join(parts)} (enable_model_cpu_offload, enable_sequential_cpu_offload or "
+            "group offloading), which would move weights in the middle of training. Load it again without offloading, "
+            "or, except for group offloading, call pipeline.remove_all_hooks(). The encoders leave the accelerator "
+            "before training anyway."
+        )
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
+    registry = getattr(module, "_diffusers_hook", None)
+    by_group = registry is not None and registry.get_hook("group_offloading") is not None
+    return by_group or any(
+        isinstance(hook, CpuOffload) or (isinstance(hook, AlignDevicesHook) and hook.offload) for hook in hooks
+    )
+
+
+def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
+    """The base's Hub id; None where it came from a local folder, or from a path that can be no id."""
+    name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
+    if not name or os.path.isdir(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def load_reference_model(
+    ref_model: str | os.PathLike | DiffusionPipeline | nn.Module,
+    base: nn.Module,
+    family: Family,
+    args: DiffusionPreferenceConfig,
+) -> nn.Module:
+    """The denoiser of a reference that the user brings.
+
+    Args:
+        base: The denoiser that is trained, or gets the adapter.
+
+    Raises:
+        ValueError: It has another architecture, or is the trained model itself.
+    """
+    if isinstance(ref_model, (str, os.PathLike)):
+        ref_model = load_pipeline(ref_model, args.loading)
+    if isinstance(ref_model, DiffusionPipeline):
+        check_not_offloaded(ref_model)
+        ref_model = family.denoiser(ref_model)
+    if ref_model is base or (isinstance(ref_model, PeftModel) and ref_model.get_base_model() is base):
+        raise ValueError(
+            "ref_model is the very model that is trained, so it would change with it. Leave it out: the trainer makes "
+            "its own reference."
+        )
+    different = different_parameters(base, ref_model)
+    if different:
+        raise ValueError(
+            f"ref_model ({type(ref_model).__name__}) has another architecture than the trained "
+            f"{type(base).__name__}: {len(different)} parameters differ, first {different[0]}. Pass a model of the "
+            "same architecture."
+        )
+    return ref_model

@@ -1,0 +1,397 @@
+"""transformers' loop for a denoiser: the order of a run, and what a diffusers model breaks in it. Knows no algorithm.
+
+transformers' `Trainer` was made for language models. Each override below is there because a diffusers model breaks the
+inherited behaviour, several times without an error; the comment at each says how.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
+from diffusers.models.normalization import RMSNorm
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import HubStrategy
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..data import Batch, DatasetEncoder, EncodingOptions, Layout, Mode, as_resolution
+from ..data.layouts import PAIRS, check_columns, labelled_datasets, named_datasets
+from ..diffusion.noise import RectifiedFlow
+from ..evaluation import HeldOutPreferences
+from ..export.model_card import card_options, write_model_card
+from ..export.weights import lora_config, run_record
+from . import model_setup, pipelines
+from .checkpoint import Checkpointer
+from .config import DiffusionPreferenceConfig
+from .denoiser import Denoiser
+from .metrics import UNLOGGED, joined
+from .modes import Modes
+from .monitor import StepMonitor, non_finite_error, non_finite_weights
+from .process_state import flush_denormals, restored_generators
+from .recommended import fill_in
+from .row_cache import RowCache
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """The one class above an algorithm, which sets `config_class`, `layout` and TRL's `_name`, `_tag_names`, `_paper`,
+    and implements `compute_losses`; and `setup_step` where its step needs more than the model.
+
+    Args:
+        model: Hub id, folder or loaded pipeline. A loaded one is trained in place: afterwards it samples with the
+            tuned weights or the LoRA. One that carries an adapter (`load_lora_weights`) goes on training that adapter.
+        args: Options; they are copied, never changed. Default: the defaults, with an output folder named after the
+            model.
+        train_dataset: Column `prompt` (str) and those of the layout: what the pipeline generates, images
+            (`datasets.Image`, or paths), videos (lists of such frames, or files) or audio (`datasets.Audio`, paths, or
+            arrays). A streamed data set is encoded as it is read, any other once before training.
+        eval_dataset: The same, or a dictionary of such data sets.
+        data_collator, callbacks, optimizers: As in [`~transformers.Trainer`]; the collator takes encoded rows.
+        peft_config: Trains a LoRA instead of all weights. Without `target_modules` the family's default is used.
+
+    Raises:
+        ValueError: Data sets or rows that cannot be used (row and column named), options that do not suit the model.
+        TypeError: The model is no supported pipeline, or an argument that only other trainers take.
+    """
+
+    args: DiffusionPreferenceConfig
+    model: nn.Module
+    config_class: ClassVar[type[DiffusionPreferenceConfig]]
+    layout: Layout = Layout()
+    sample_name = "samples"  # what a batch is made of, for the model card
+    # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
+    trains_negative = False
+    # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
+    loss_is_scaled_for_ga = False  # type: ignore[assignment]  # TRL's is None
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline,
+        args: DiffusionPreferenceConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        *,
+        data_collator: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+        **not_taken: Any,
+    ) -> None:
+        model_setup.check_arguments(type(self).__name__, self.config_class, args, not_taken)
+        # Options, then columns, then weights: nobody should load 20 GB to learn that a column is missing.
+        self.args = args = (args or self.config_class(output_dir=f"{_short_name(model)}-{self._name}")).own_copy()
+        args.check_data(train_dataset, eval_dataset)
+        self.family = pipelines.family_of(model, args.loading)
+        self.layout = self.make_layout()
+        self.trains_negative = self.trains_negative or getattr(args, "negative", False)
+        for name, dataset in [("train_dataset", train_dataset), *labelled_datasets(eval_dataset)]:
+            check_columns(dataset, name, self.layout)
+        self.pipeline = pipeline = pipelines.load_pipeline(model, args.loading)
+        self.family.check_complete(pipeline)
+        pipelines.check_not_offloaded(pipeline)
+        self.noise_process = args.noise_process(pipeline.scheduler)
+        fill_in(args, self._name, self.family, flow=isinstance(self.noise_process, RectifiedFlow))
+        args.check_filled_in()
+        # On an error within, the caller has the pipeline back as it was.
+        with model_setup.taken_out_of_peft_model(pipeline, self.family) as (base, wrapper):
+            self.carried_adapter = model_setup.carries_adapter(base)
+            names = (type(self).__name__, pipelines.hub_id(model))
+            record = run_record(*names, base, self.family, negative=self.trains_negative)
+            self.checkpointer = Checkpointer(pipeline, self.family, Path(cast(str, args.output_dir)), record)
+            self.checkpointer.check_output_dir()
+            model_setup.check_trainable(base, self.family, peft_config, wrapper, args)
+            self.check_step(peft_config)
+            size, seed = as_resolution(args.resolution), cast(int, args.data_seed)
+            options = EncodingOptions(size, args.num_frames, args.crop, args.random_flip, seed)
+            where: dict[str, Any] = {"cache_folder": args.cache_folder(), "batch_size": args.encode_batch_size}
+            self.encoder = DatasetEncoder(pipeline, self.family, self.layout, options, **where)
+            # The first process fills the cache, the others read it.
+            with args.main_process_first():
+                train_dataset, eval_dataset = self.encoder.encode_all(train_dataset, eval_dataset, args.device)
+            if not self.encoder.streams:
+                # Also those of a pipeline that was passed on an accelerator: training does not need them.
+                self.encoder.move_encoders(torch.device("cpu"))
+            if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
+                tokens = self.family.image_tokens(self.encoder.latent_shape)
+                self.noise_process = args.noise_process(pipeline.scheduler, tokens)
+            # Only now are its parts changed, when all that can be wrong has been checked.
+            denoiser = model_setup.make_trainable(base, pipeline, self.family, peft_config, wrapper, args)
+        super().__init__(
+            model=denoiser,
+            args=args,
+            data_collator=data_collator or self.encoder.collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=self._mean_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.modes = Modes(args, self.encoder)
+        self.denoise = Denoiser(self.family, self.accelerator, sharded=self.shards_weights)
+        self._evaluated: str | None = "eval "  # the data set that an evaluation runs on, see `Mode.dataset`
+        self.monitor = StepMonitor(args, self.accelerator, self.checkpointer, self._save_now, self.noise_process)
+        self.add_callback(self.monitor)
+        depends_on = {"negative": self.trains_negative, "prompts": self.encoder.prompts.encoded_with}
+        self.row_cache = RowCache(self.accelerator, self.model, self._batches_in_order, args, depends_on)
+        # While the model still has the weights that the run starts from.
+        self.held_out = self._make_held_out()
+        self.setup_step()
+
+    # ---- What an algorithm says ----------------------------------------------------------------------------------
+
+    def make_layout(self) -> Layout:
+        """The columns to read; `self.args` and `self.family` are known, weights are not loaded yet."""
+        return self.layout
+
+    def check_step(self, peft_config: LoraConfig | None) -> None:
+        """Raises where the options do not suit the model; called before anything is encoded."""
+
+    def setup_step(self) -> None:
+        """Makes what the step needs beside the model: constants of the loss, a reference, a pool."""
+
+    @abstractmethod
+    def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
+        """The algorithm: from a batch to the losses.
+
+        Args:
+            model: The trained denoiser, possibly wrapped; `self.denoise(model, noisy)` calls it.
+            batch: On the device.
+            mode: How to draw noise and prompts; everything in which evaluation differs from training.
+
+        Returns:
+            `(B,)` float32 tensors: `loss` with gradient, and the metrics by their logged names. `time`, the denoiser's
+            times, is not logged; the divergence guard reads it, with `mse/chosen` and `mse/ref_chosen`.
+        """
+
+    # ---- Construction --------------------------------------------------------------------------------------------
+
+    def _make_held_out(self) -> HeldOutPreferences | None:
+        """Held-out accuracies of pairs, with the starting weights' likelihoods; None where there are no pairs."""
+        if not self.args.eval_draws or self.layout.samples != PAIRS.samples:
+            return None
+        held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws)
+        record = held_out.record(model_setup.starting_fingerprint(self.model, self.checkpointer.record))
+        for name, dataset in named_datasets(self.eval_dataset):
+            if isinstance(dataset, Dataset) and not self.shards_weights:
+                held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(
+                    dataset, lambda batch: held_out.elbos(self.denoise.of(self.model), batch), record
+                )
+        return held_out
+
+    def _batches_in_order(self, dataset: Dataset, batch_size: int) -> Iterator[Batch]:
+        """Every row of an encoded data set once, whatever training does with a last batch that is not full."""
+        with self.args.changed(dataloader_drop_last=False):
+            loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)  # type: ignore[arg-type]
+        return map(self._prepare_inputs, loader)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process holds all weights, so that the model cannot be called before training."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads `model.config.model_type`, which diffusers models lack, and runs only where CI is unset."""
+
+    # ---- Training ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; see [`~transformers.Trainer.train`].
+
+        `resume_from_checkpoint=True` takes the newest checkpoint that is whole and did not diverge. One that a killed
+        process left unfinished is named in a warning; given by path it is an error.
+
+        Raises:
+            ValueError: No complete checkpoint to resume from, or one of another base model or kind of training.
+            NonFiniteLossError: NaN or infinite loss.
+        """
+        checkpoint = self.checkpointer.to_resume(resume_from_checkpoint, self._unwrapped, sharded=self.shards_weights)
+        if not self.shards_weights and model_setup.undo_preparation(self.model, self.model_wrapped, self.accelerator):
+            self.model_wrapped = self.model
+        self.modes = Modes(self.args, self.encoder)
+        self.monitor.reset()
+        self.checkpointer.read_parts(checkpoint, self.args.process_index, self.args.world_size)
+        try:
+            with flush_denormals(self.args.device):
+                result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
+        finally:
+            # The pipeline is there to sample from, also where a run stopped: no dropout.
+            self.model.eval()
+        # Not after a stop, while gradients are still in memory.
+        self.encoder.move_encoders(self.args.device)
+        return result
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The loop looks at max_steps only after a step, so that a run resumed at its end would take one too many."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _prepare_inputs(self, inputs: Any) -> Batch:  # type: ignore[override]  # transformers' is a dictionary
+        batch = Batch.from_collated(super()._prepare_inputs(inputs))
+        return batch.in_reverse() if getattr(self.args, "negative", False) else batch
+
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Mean loss of a batch; keeps its metrics for the next log."""
+        if model.training:
+            mode = self.modes.training(inputs.rows, self.state.global_step)
+        else:
+            mode = self.modes.evaluation(inputs.rows, self._evaluated)
+        values = self.compute_losses(model, inputs, mode)
+        if model.training:
+            self.monitor.record(self.model, values, inputs.rows, self.state.global_step)
+        loss = values["loss"].mean()
+        return (loss, values) if return_outputs else loss
+
+    def _save_now(self) -> Path:
+        """Writes a checkpoint of this step, and removes no other to make room for it."""
+        with self.args.changed(save_total_limit=None):
+            self._save_checkpoint(self.model, trial=None)
+        return self.checkpointer.folder(self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics' means since the last log to training logs."""
+        if "loss" in logs:
+            logs |= self.monitor.take_means()
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The inherited rule goes by names and decays GroupNorm weights called `norm1`; this one goes by types."""
+        return get_parameter_names(model, [nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, RMSNorm], [r"bias"])
+
+    # ---- Evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates; see [`~transformers.Trainer.evaluate`]. A data set given here is encoded first, like the others.
+
+        Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
+        """
+        model_setup.check_can_evaluate(self.accelerator, trained=self.optimizer is not None)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            # The loop calls this again for each of several data sets, which are encoded by then.
+            given = dict(labelled_datasets(eval_dataset))
+            self.args.check_streams(given.values())
+            for label, dataset in given.items():
+                check_columns(dataset, label, self.layout, encoded=self.encoder.is_encoded)
+            with self.args.main_process_first():
+                _, eval_dataset = self.encoder.encode_all(None, eval_dataset, self.args.device)
+        self._evaluated = f"eval {eval_dataset or ''}" if isinstance(eval_dataset, str | None) else None
+        # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
+        with restored_generators(self.args.device):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Per-sample values as "predictions", so that the loop gathers them and drops the padding of the last batch.
+
+        The inherited step finds no labels and would return no loss at all.
+        """
+        batch = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            values = self.compute_losses(model, batch, self.modes.evaluation(batch.rows, self._evaluated))
+            if self.held_out is not None:
+                values |= self.held_out.values(self.denoise.of(model), batch, self._evaluated)
+        self._evaluated_names = [name for name in values if name not in UNLOGGED]
+        return None, torch.stack([values[name].float() for name in self._evaluated_names], dim=1), batch.rows
+
+    def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        values, names = joined(prediction.predictions), self._evaluated_names
+        means = dict(zip(names, values.astype(np.float64).mean(axis=0).tolist(), strict=True))
+        return means | HeldOutPreferences.interval(names, values, joined(prediction.label_ids))
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
+        raise NotImplementedError("Sample with trainer.pipeline, or call evaluate() for metrics of a data set.")
+
+    # ---- Saving, loading, Hub ------------------------------------------------------------------------------------
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if bad := non_finite_weights(self.model):
+            finding = f"the weights of {bad[0]} are not finite, so no checkpoint was written"
+            raise non_finite_error(self.state.global_step, finding, self.checkpointer.output_dir)
+        # Before the weights: sharded weights (FSDP) are not written by `_save`, and what makes it count comes last.
+        folder = Path(self._get_output_dir(trial)) / self.checkpointer.folder(self.state.global_step).name
+        self.checkpointer.write_parts(folder, self.args.process_index, should_save=self.args.should_save)
+        self.accelerator.wait_for_everyone()
+        with self.checkpointer.writing_checkpoint():
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The inherited method writes bare weights without a config, and for LoRA only files that `load_lora_weights`
+        ignores without a message."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.checkpointer.output_dir)
+        self.checkpointer.write_weights(self._unwrapped, folder, state_dict, self.args)
+        # Last, because PEFT writes a card of its own.
+        name = _short_name(self.args.output_dir if self.checkpointer.writing else folder)
+        self.create_model_card(name, folder=folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads diffusers' file names, which the inherited method does not find."""
+        if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self.checkpointer.read_denoiser(self._unwrapped, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
+        if isinstance(self._unwrapped, PeftModel) or self.shards_weights:
+            super()._load_best_model()
+        else:
+            self.checkpointer.read_denoiser(self._unwrapped, Path(cast(str, self.state.best_model_checkpoint)))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """The inherited method copies files by names that a diffusers checkpoint lacks, and so pushes no weights."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.checkpointer.copy_to_output(Path(checkpoint_folder), lora=isinstance(self._unwrapped, PeftModel))
+        self.create_model_card(model_name=_short_name(self.args.hub_model_id or self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(  # type: ignore[override]  # TRL's arguments
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        """Writes `README.md`: what was trained, with which options, how to sample from it."""
+        if not self.is_world_process_zero():
+            return
+        model, more_tags = self._unwrapped, [tags] if isinstance(tags, str) else list(tags or [])
+        write_model_card(
+            folder or self.checkpointer.output_dir,
+            method=self._name,
+            paper=self._paper,
+            pipeline=self.pipeline,
+            family=self.family,
+            record=self.checkpointer.record,
+            lora=lora_config(model) if isinstance(model, PeftModel) else None,
+            args=self.args,
+            options=card_options(self.args, DiffusionPreferenceConfig, self.sample_name, self.state.global_step),
+            model_name=model_name,
+            repo_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=[*self._tag_names, *more_tags],
+        )
+
+
+def _short_name(model: Any) -> str:
+    """Of a folder, a Hub id or a loaded pipeline."""
+    return Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
