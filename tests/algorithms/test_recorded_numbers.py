@@ -1,7 +1,7 @@
 """Ten training steps of each method from fixed seeds give the numbers that are on record, to the last digit.
 
-`PYTHONPATH=tests python tests/algorithms/test_recorded_numbers.py` writes this processor's record. Do so only where the
-numbers are meant to change, and say why in the commit. Processors round differently: a record is found by a
+`PYTHONPATH=tests python tests/algorithms/test_recorded_numbers.py` writes this processor's record. Do so only where
+the numbers are meant to change, and say why in the commit. Processors round differently: a record is found by a
 fingerprint of one computation, and on a processor without one, numbers are compared to 1/500 of the largest of their
 series instead. (The two processors on record differ by less than 1/4000.)
 """

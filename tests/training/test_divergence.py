@@ -6,8 +6,9 @@ from trl_diffusion_pref.diffusion.noise import RectifiedFlow, noise_process
 from trl_diffusion_pref.training.divergence import DivergenceGuard
 
 
-def make_guard(margin=0.25, window=3, process=None) -> DivergenceGuard:
-    return DivergenceGuard(margin, window, process or noise_process(DDPMScheduler()))
+def make_guard(margin=0.25, window=3, start_margin=1.5) -> DivergenceGuard:
+    process = noise_process(DDPMScheduler())
+    return DivergenceGuard(window, process, reference_margin=margin, start_margin=start_margin)
 
 
 def record(guard, chosen, reference, time=500.0):

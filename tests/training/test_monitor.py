@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerState
 
 from trl_diffusion_pref.diffusion.noise import RectifiedFlow
+from trl_diffusion_pref.training.config import GuardedConfig
 from trl_diffusion_pref.training.divergence import DivergenceError
 from trl_diffusion_pref.training.metrics import joined
 from trl_diffusion_pref.training.monitor import StepMonitor, non_finite_losses, non_finite_weights
@@ -26,16 +27,10 @@ class Checkpointer:
         self.marked.append((folder, reason))
 
 
-class Options:
-    should_save = True
-
-    def __init__(self, guard):
-        self.divergence_guard, self.divergence_margin, self.divergence_window = guard, 0.25, 1
-
-
 def monitor(folder, guard="off") -> StepMonitor:
-    process = RectifiedFlow()
-    return StepMonitor(Options(guard), Accelerator(cpu=True), Checkpointer(folder), lambda: Path("saved"), process)
+    window = {} if guard == "off" else {"divergence_window": 1}
+    options = GuardedConfig(output_dir=str(folder), divergence_guard=guard, use_cpu=True, report_to="none", **window)
+    return StepMonitor(options, Accelerator(cpu=True), Checkpointer(folder), lambda: Path("saved"), RectifiedFlow())
 
 
 def test_means_are_of_the_interval_alone_and_each_metric_of_its_own_batches(tmp_path):

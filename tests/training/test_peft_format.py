@@ -109,8 +109,10 @@ def test_a_negative_lora_is_the_unconditional_side(place, lora, pairs, tmp_path)
         expected = draw(pipeline)
     with negative_guidance(pipeline, negative):
         guided = draw(pipeline)
-    assert (expected - plain).abs().max() > 1e-3
-    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
+    effect = (expected - plain).abs().max()
+    assert effect > 1e-3
+    # Merged weights round differently, on some processors more than on others.
+    assert (guided - expected).abs().max() < 1e-5 * effect
     assert_equal_weights(weights_of(pipeline.transformer), before)
     assert not hasattr(pipeline.transformer, "peft_config")
 

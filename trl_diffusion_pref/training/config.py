@@ -310,3 +310,40 @@ class DiffusionPreferenceConfig(_BaseConfig):
         Raises:
             ValueError: A value is outside its range.
         """
+
+
+@documented
+@dataclass
+class GuardedConfig(DiffusionPreferenceConfig):
+    r"""
+    Options shared by the algorithms that prefer some samples to others, and whose runs a guard watches.
+
+    > Parameters that control the divergence guard
+
+        divergence_guard (`str`, *optional*, defaults to `"stop"`):
+            What happens when the preferred samples' denoising error rises too far: `"stop"` saves a checkpoint and
+            raises, `"warn"` logs, `"off"` does not look.
+        divergence_margin (`float`, *optional*, defaults to `0.25`):
+            How far, relative to the reference's error on the same noise and times, the preferred samples' mean error
+            over the window may rise, positive. The default leaves room for noise between batches.
+        divergence_window (`int`, *optional*, defaults to `5`):
+            Steps that the guard averages over, at least 1. More react later and are disturbed less by single batches.
+    """
+
+    _ranges = {
+        **DiffusionPreferenceConfig._ranges,
+        "divergence_margin": "(0, inf)",
+        "divergence_window": "[1, inf)",
+    }
+    _effective_with = {
+        "divergence_margin": ("divergence_guard", ("stop", "warn")),
+        "divergence_window": ("divergence_guard", ("stop", "warn")),
+    }
+
+    divergence_guard: Literal["stop", "warn", "off"] = "stop"
+    divergence_margin: float = 0.25
+    divergence_window: int = 5
+
+    def divergence_margins(self) -> dict[str, float | None]:
+        """The guard's margins, by the names of [`DivergenceGuard`]'s arguments."""
+        return {"reference_margin": self.divergence_margin, "start_margin": None}

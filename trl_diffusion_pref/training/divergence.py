@@ -25,26 +25,32 @@ class DivergenceGuard:
       is divided by the mean of the first few in its range of times.
 
     Args:
-        margin: Relative rise of the window's mean over the reference's that is allowed, above 0. Over the run's own
-            start six times as much is allowed: other samples stand on the two sides of that comparison, and the error
-            rises in good runs too (by 62 % within nine steps of examples/mapo_shapes.py) before it falls again.
+        reference_margin: Relative rise of the window's mean over the reference's that is allowed, above 0. None: there
+            is no reference.
+        start_margin: The same over the run's own start. None leaves that comparison out: a reference that stays as it
+            is serves better, since other samples stand on the two sides here.
         window: Steps over which errors are averaged.
         process: Its `time_fraction` orders the denoiser's times.
-        own_start: Whether to compare with the start. A reference that stays as it is serves better: samples of one
-            range of times differ much, so that in a good run this comparison rose by 159 %.
+
+    Attributes:
+        rise: The chosen error's relative rise over the run's start, found by the last `check`; None where there were
+            too few samples.
     """
 
     description = "divergence guard's errors"
     per_process = False
     _RANGES = 8
-    _START_MARGINS = 6
     # Samples whose mean stands for the start, in each range of times.
     _START = 4
     # A window with fewer samples says too little about the start.
     _LEAST_SAMPLES = 32
 
-    def __init__(self, margin: float, window: int, process: NoiseProcess, *, own_start: bool = True) -> None:
-        self.margin, self.window, self.process, self.own_start = margin, window, process, own_start
+    def __init__(
+        self, window: int, process: NoiseProcess, *, reference_margin: float | None, start_margin: float | None
+    ) -> None:
+        self.window, self.process = window, process
+        self.reference_margin, self.start_margin = reference_margin, start_margin
+        self.rise: float | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -60,9 +66,9 @@ class DivergenceGuard:
         """Takes a micro-batch's values of all processes, `(N,)` each; `times` are the denoiser's."""
         # First to the CPU: Apple's GPUs have no float64.
         chosen_error, times = chosen_error.cpu().double(), times.cpu().double()
-        if reference_error is not None:
+        if self.reference_margin is not None and reference_error is not None:
             self._micro_batches.append((chosen_error.mean().item(), reference_error.cpu().double().mean().item()))
-        if not self.own_start:
+        if self.start_margin is None:
             return
         ranges = (self.process.time_fraction(times) * self._RANGES).long().clamp(0, self._RANGES - 1)
         for error, index in zip(chosen_error.tolist(), ranges.tolist(), strict=True):
@@ -83,7 +89,7 @@ class DivergenceGuard:
         return f"{finding} The model is losing the chosen samples too, and soon its ability to generate."
 
     def _against_the_reference(self) -> str | None:
-        if not self._micro_batches:
+        if self.reference_margin is None or not self._micro_batches:
             return None
         count = len(self._micro_batches)
         chosen, reference = (sum(values) / count for values in zip(*self._micro_batches, strict=True))
@@ -92,14 +98,17 @@ class DivergenceGuard:
         if len(self._against_reference) < self.window:
             return None
         chosen, reference = (sum(values) / self.window for values in zip(*self._against_reference, strict=True))
-        if chosen <= (1 + self.margin) * reference:
+        if chosen <= (1 + self.reference_margin) * reference:
             return None
         return (
             f"the chosen samples' denoising error is {chosen:.4g}, {chosen / reference - 1:.0%} above the reference's "
-            f"{reference:.4g} over the last {self.window} steps (allowed: {self.margin:.0%})."
+            f"{reference:.4g} over the last {self.window} steps (allowed: {self.reference_margin:.0%})."
         )
 
     def _against_the_start(self) -> str | None:
+        if self.start_margin is None:
+            return None
+        self.rise = None
         self._against_start.append((self._relative[0], self._relative[1]))
         self._relative = [0.0, 0.0]
         samples = sum(count for _, count in self._against_start)
@@ -107,13 +116,12 @@ class DivergenceGuard:
             samples -= self._against_start.popleft()[1]
         if len(self._against_start) < self.window or samples < self._LEAST_SAMPLES:
             return None
-        rise = sum(total for total, _ in self._against_start) / samples - 1
-        allowed = self._START_MARGINS * self.margin
-        if rise <= allowed:
+        self.rise = sum(total for total, _ in self._against_start) / samples - 1
+        if self.rise <= self.start_margin:
             return None
         return (
-            f"the chosen samples' denoising error is {rise:.0%} above that of the run's first steps, compared within "
-            f"ranges of times over the last {len(self._against_start)} steps (allowed: {allowed:.0%})."
+            f"the chosen samples' denoising error is {self.rise:.0%} above that of the run's first steps, compared "
+            f"within ranges of times over the last {len(self._against_start)} steps (allowed: {self.start_margin:.0%})."
         )
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ..diffusion.noise import NoiseProcess
 from .checkpoint import Checkpointer, checkpoint_problem, last_usable_checkpoint
-from .config import DiffusionPreferenceConfig
+from .config import DiffusionPreferenceConfig, GuardedConfig
 from .divergence import DivergenceError, DivergenceGuard
 from .metrics import UNLOGGED, gathered
 
@@ -26,7 +26,7 @@ class StepMonitor(TrainerCallback):
     """Takes each micro-batch's values in training.
 
     Args:
-        args: Of the run; with `divergence_guard` where the algorithm has chosen samples.
+        args: Of the run; a `GuardedConfig` where the algorithm has chosen samples.
         accelerator: Gathers values from all processes.
         checkpointer: Of the run; the guard takes part in its checkpoints.
         save: Writes a checkpoint of the present step and returns its folder.
@@ -42,14 +42,10 @@ class StepMonitor(TrainerCallback):
         process: NoiseProcess,
     ) -> None:
         self.args, self.accelerator, self.checkpointer, self.save = args, accelerator, checkpointer, save
-        options = vars(args)
-        self.action = options.get("divergence_guard", "off")
         self.guard: DivergenceGuard | None = None
-        if self.action != "off":
-            # Only an algorithm with a reference has the option, and where it is off the reference stays as it is.
-            moves = options.get("sync_ref_model", True)
-            margin, window = options["divergence_margin"], options["divergence_window"]
-            self.guard = DivergenceGuard(margin, window, process, own_start=moves)
+        self.only_warns = isinstance(args, GuardedConfig) and args.divergence_guard == "warn"
+        if isinstance(args, GuardedConfig) and args.divergence_guard != "off":
+            self.guard = DivergenceGuard(args.divergence_window, process, **args.divergence_margins())
             checkpointer.parts["divergence_guard"] = self.guard
         self.reset()
 
@@ -98,7 +94,7 @@ class StepMonitor(TrainerCallback):
             "that the loss has, a higher beta, margin_clip, winner_preserving_mu or sft_weight help too. "
             "divergence_guard='warn' only warns."
         )
-        if self.action == "warn":
+        if self.only_warns:
             logger.warning(f"{finding} {advice}")
             return
         folder = self.save()

@@ -6,15 +6,19 @@ from typing import Literal, get_args
 from datasets import Dataset, IterableDataset
 
 from ...data.layouts import labelled_datasets
-from ...training.config import PAIR_METRICS, AnyDataset, DiffusionPreferenceConfig, documented
+from ...training.config import PAIR_METRICS, AnyDataset, GuardedConfig, documented
 from .loss import DiffusionDPOLossType, DiffusionDPOOptions
+
+
+# Margins that the comparison with the run's own start allows.
+_START_MARGINS = 6
 
 
 @documented
 @dataclass
-class DiffusionDPOConfig(DiffusionPreferenceConfig):
+class DiffusionDPOConfig(GuardedConfig):
     r"""
-    Configuration of [`DiffusionDPOTrainer`]: the options of [`DiffusionPreferenceConfig`] and transformers'
+    Configuration of [`DiffusionDPOTrainer`]: the options of [`GuardedConfig`] and transformers'
     [`~transformers.TrainingArguments`], and the following.
 
     > Parameters that control the loss
@@ -81,17 +85,6 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
         ref_model_sync_steps (`int`, *optional*, defaults to `512`):
             Steps between two moves of the reference, at least 1. The default is TRL's and TR-DPO's.
 
-    > Parameters that control the divergence guard
-
-        divergence_guard (`str`, *optional*, defaults to `"stop"`):
-            What happens when the chosen images' error rises above the reference's: `"stop"` saves a checkpoint and
-            raises, `"warn"` logs, `"off"` does not look.
-        divergence_margin (`float`, *optional*, defaults to `0.25`):
-            How far, relative to the reference's error, the chosen images' mean error over the window may rise,
-            positive. The default leaves room for noise between batches.
-        divergence_window (`int`, *optional*, defaults to `5`):
-            Steps that the guard averages over, at least 1. More react later and are disturbed less by single batches.
-
     > Parameters whose default is the authors'
 
         learning_rate (`float`, *optional*):
@@ -106,7 +99,7 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
     """
 
     _ranges = {
-        **DiffusionPreferenceConfig._ranges,
+        **GuardedConfig._ranges,
         "label_smoothing": "[0, 0.5)",
         "dmpo_alpha": "(0, 1)",
         "soft_label": "(0, 1)",
@@ -116,10 +109,9 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
         "reference_draws": "[1, inf)",
         "ref_model_mixup_alpha": "(0, 1]",
         "ref_model_sync_steps": "[1, inf)",
-        "divergence_margin": "(0, inf)",
-        "divergence_window": "[1, inf)",
     }
     _effective_with = {
+        **GuardedConfig._effective_with,
         "label_smoothing": ("loss_type", ("sigmoid",)),
         "dmpo_alpha": ("loss_type", ("dmpo",)),
         "soft_label": ("loss_type", ("irepo",)),
@@ -129,8 +121,6 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
         "reference_errors_dir": ("reference", ("precomputed",)),
         "ref_model_mixup_alpha": ("sync_ref_model", (True,)),
         "ref_model_sync_steps": ("sync_ref_model", (True,)),
-        "divergence_margin": ("divergence_guard", ("stop", "warn")),
-        "divergence_window": ("divergence_guard", ("stop", "warn")),
     }
     metric_names = (*PAIR_METRICS, "mse/ref_chosen", "mse/ref_rejected")
 
@@ -152,9 +142,6 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
     sync_ref_model: bool = False
     ref_model_mixup_alpha: float = 0.6
     ref_model_sync_steps: int = 512
-    divergence_guard: Literal["stop", "warn", "off"] = "stop"
-    divergence_margin: float = 0.25
-    divergence_window: int = 5
     learning_rate: float | None = None  # type: ignore[assignment]  # None until the model is known
     weight_decay: float = 1e-2
     prompt_dropout: float = 0.2
@@ -199,6 +186,12 @@ class DiffusionDPOConfig(DiffusionPreferenceConfig):
                         f"{label}: column {column!r} holds values outside (0, 1), in {len(bad)} rows, first {bad[:10]}"
                         ". Clip them, say to 0.02..0.98: the logit of 0 or 1 is infinite."
                     )
+
+    def divergence_margins(self) -> dict[str, float | None]:
+        # A reference that moves hides that the model gets worse slowly; the run's own start does not. Other samples
+        # stand on the two sides of that comparison, so more is allowed.
+        start_margin = _START_MARGINS * self.divergence_margin if self.sync_ref_model else None
+        return {"reference_margin": self.divergence_margin, "start_margin": start_margin}
 
     def check_filled_in(self) -> None:
         # While beta is None, any that is allowed stands for it, so that the other options are checked.

@@ -1,17 +1,16 @@
 """Options of `MaPOTrainer`."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ...training.config import PAIR_METRICS, DiffusionPreferenceConfig, documented
+from ...training.config import PAIR_METRICS, GuardedConfig, documented
 from .loss import MaPOLossType, MaPOOptions
 
 
 @documented
 @dataclass
-class MaPOConfig(DiffusionPreferenceConfig):
+class MaPOConfig(GuardedConfig):
     r"""
-    Configuration of [`MaPOTrainer`]: the options of [`DiffusionPreferenceConfig`] and transformers'
+    Configuration of [`MaPOTrainer`]: the options of [`GuardedConfig`] and transformers'
     [`~transformers.TrainingArguments`], and the following.
 
     > Parameters that control the loss
@@ -29,16 +28,12 @@ class MaPOConfig(DiffusionPreferenceConfig):
             Trains a negative model for `guidance.negative_guidance` (Diffusion-NPO, arXiv 2505.11245): the rejected
             image of each pair is taken as the chosen one and the reverse, in the loss and in every metric.
 
-    > Parameters that control the divergence guard
+    > Parameters of the divergence guard with another default
 
-        divergence_guard (`str`, *optional*, defaults to `"stop"`):
-            What happens when the chosen images' error rises above that of the run's first steps: `"stop"` saves a
-            checkpoint and raises, `"warn"` logs, `"off"` does not look.
-        divergence_margin (`float`, *optional*, defaults to `0.25`):
-            A sixth of what the chosen images' error may rise by, relative to the start, positive: with the default to
-            2.5 times the start. It rises in good runs too, before it falls again.
-        divergence_window (`int`, *optional*, defaults to `5`):
-            Steps that the guard averages over, at least 1; more where these hold fewer than 32 pairs.
+        divergence_margin (`float`, *optional*, defaults to `4.0`):
+            How far the chosen images' error may rise over that of the run's first steps, since there is no reference,
+            positive: with the default to five times the start. It rises in good runs too, before it falls again; see
+            benchmarks/results/divergence.md.
 
     > Parameters whose default is the authors'
 
@@ -51,25 +46,17 @@ class MaPOConfig(DiffusionPreferenceConfig):
     """
 
     _ranges = {
-        **DiffusionPreferenceConfig._ranges,
+        **GuardedConfig._ranges,
         "snr_value": "(0, inf)",
-        "divergence_margin": "(0, inf)",
-        "divergence_window": "[1, inf)",
     }
-    _effective_with = {
-        "snr_value": ("loss_type", ("mapo",)),
-        "divergence_margin": ("divergence_guard", ("stop", "warn")),
-        "divergence_window": ("divergence_guard", ("stop", "warn")),
-    }
+    _effective_with = {**GuardedConfig._effective_with, "snr_value": ("loss_type", ("mapo",))}
     metric_names = PAIR_METRICS
 
     beta: float | None = None
     snr_value: float = 0.5
     loss_type: MaPOLossType = "mapo"
     negative: bool = False
-    divergence_guard: Literal["stop", "warn", "off"] = "stop"
-    divergence_margin: float = 0.25
-    divergence_window: int = 5
+    divergence_margin: float = 4.0
     learning_rate: float | None = None  # type: ignore[assignment]  # None until the model is known
     weight_decay: float = 1e-2
 
@@ -83,3 +70,6 @@ class MaPOConfig(DiffusionPreferenceConfig):
         if self.beta is None:
             self.beta = 0.1
         MaPOOptions(self.loss_type, self.beta, self.snr_value, num_train_timesteps=1000)
+
+    def divergence_margins(self) -> dict[str, float | None]:
+        return {"reference_margin": None, "start_margin": self.divergence_margin}
