@@ -121,7 +121,8 @@ class DivergenceGuard:
             return None
         return (
             f"the chosen samples' denoising error is {self.rise:.0%} above that of the run's first steps, compared "
-            f"within ranges of times over the last {len(self._against_start)} steps (allowed: {self.start_margin:.0%})."
+            f"within ranges of times over the last {len(self._against_start)} steps (allowed: "
+            f"{self.start_margin:.0%})."
         )
 
     # ---- Checkpoints ---------------------------------------------------------------------------------------------
