@@ -73,7 +73,7 @@ def main() -> None:
         "# The chosen error in good and bad runs of MaPO",
         "",
         "Written by `benchmarks/divergence.py`. The rise of the chosen error over the run's first steps, averaged "
-        "over five steps, at its highest; then 64 images of the model at the end of the run. The guard stops at +400 %.",
+        "over five steps, at its highest; then 64 images of the model at the end. The guard stops at +400 %.",
         "",
         "| run | learning rate | highest rise | outlined | colour | shape | clean |",
         "|---|---|---|---|---|---|---|",
