@@ -11,22 +11,25 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# The oldest versions that pyproject.toml allows, but for torch: before 2.13 its package for x86_64 brings 5 GB of CUDA.
+# The oldest versions that pyproject.toml allows, except torch: before 2.13 its package for x86_64 brings 5 GB of CUDA.
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet torch==2.13.0
-	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[video,audio]" pytest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[video,audio]" pytest pytest-xdist
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python examples/mapo_shapes.py --output_dir demo
 
+# Two processes with one thread each: most tests are small, and two threads help them little.
+PARALLEL := --numprocesses 2
+
 # Without the cases marked `slow`, whose facts others hold too.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # What runs on constraints-oldest.txt: options, noise, losses, every family against its pipeline, the three trainers,
 # saving and resuming. Left out: recorded numbers, tests marked `newest`, and the slowest trainings.
@@ -38,7 +41,7 @@ OLDEST_LEFT_OUT := every_loss_lowers or killed or precomputed or does_not_change
 
 # Older diffusers loads a LoRA from a folder only where the Hub may be asked; no test asks it.
 test-oldest: .venv-oldest/installed
-	HF_HUB_OFFLINE=0 .venv-oldest/bin/python -m pytest -m "not newest and not slow" $(OLDEST) -k "not ($(OLDEST_LEFT_OUT))"
+	HF_HUB_OFFLINE=0 .venv-oldest/bin/python -m pytest -m "not newest and not slow" $(PARALLEL) $(OLDEST) -k "not ($(OLDEST_LEFT_OUT))"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -61,7 +64,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/diffusion_npo.py
 	$(BIN)/python benchmarks/sdxl_memory.py
 
-# Trains the embedded pipelines anew, about three quarters of an hour on two cores.
+# Trains the embedded pipelines again, about three quarters of an hour on two cores.
 weights: .venv/installed
 	$(BIN)/python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 

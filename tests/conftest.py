@@ -7,6 +7,9 @@ import tempfile
 # Before any import that reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="trl_diffusion_pref_tests_")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker has a core of its own: with more threads they would wait for each other most of the time.
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest  # noqa: E402
@@ -16,6 +19,27 @@ from helpers.pipelines import build_tiny_pipeline  # noqa: E402
 
 from trl_diffusion_pref import MaPOConfig  # noqa: E402
 from trl_diffusion_pref.shapes import preference_pairs  # noqa: E402
+
+
+# The longest files, which begin first. Each of their tests may run in any worker; the tests of any other file run in
+# one worker, since they share fixtures.
+SPLIT = ("test_examples.py", "test_estimate.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SPLIT)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return nodeid if file.endswith(SPLIT) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture

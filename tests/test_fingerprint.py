@@ -43,6 +43,6 @@ def test_devices_without_float64_have_the_same_fingerprints(monkeypatch):
 
 
 def test_the_divergence_guard_needs_no_float64_on_the_device():
-    guard = DivergenceGuard(0.25, 5, noise_process(DDPMScheduler()))
+    guard = DivergenceGuard(5, noise_process(DDPMScheduler()), reference_margin=0.25, start_margin=1.5)
     errors = torch.ones(2).as_subclass(WithoutFloat64)
     guard.record(errors, errors, errors)

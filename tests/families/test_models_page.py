@@ -1,4 +1,4 @@
-"""docs/models.md against the families."""
+"""docs/models.md, and the example of another pipeline in docs/extending.md, against the families."""
 
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from trl_diffusion_pref.families import family_named, supported_pipelines
 from trl_diffusion_pref.shapes import preference_pairs
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "models.md").read_text()
 ROWS = {
     cells[0].strip("`"): cells[1:]
     for line in PAGE.splitlines()
@@ -42,7 +43,9 @@ def test_the_pipelines_without_load_lora_weights_are_those_of_peft():
 
 def test_the_example_of_another_pipeline_trains(monkeypatch, tmp_path):
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-    (example,) = [block for block in PAGE.split("```python\n")[1:] if "register_family(" in block]
+    (example,) = [
+        block for block in (DOCS / "extending.md").read_text().split("```python\n")[1:] if "register_family(" in block
+    ]
     exec(example.split("```")[0], {})
     pipeline = StableDiffusionPAGPipeline(**build_tiny_pipeline().components)
     config = MaPOConfig(

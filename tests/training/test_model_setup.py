@@ -55,7 +55,10 @@ def test_a_second_trainer_without_checkpointing_switches_it_off(config, pairs):
 def test_a_denoiser_that_has_no_checkpointing_trains_without(config, pairs, monkeypatch):
     pipeline = build_tiny_pipeline()
     monkeypatch.setattr(type(pipeline.unet), "_supports_gradient_checkpointing", False)
-    with pytest.raises(ValueError, match="unet of StableDiffusionPipeline has no such thing. Set activation_checkp"):
+    with pytest.raises(
+        ValueError,
+        match="unet of StableDiffusionPipeline does not support activation checkpointing. Set activation_checkp",
+    ):
         MaPOTrainer(pipeline, config(activation_checkpointing=True), pairs)
     assert not MaPOTrainer(pipeline, config(activation_checkpointing=None), pairs).model.is_gradient_checkpointing
 

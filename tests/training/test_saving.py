@@ -75,7 +75,7 @@ class TestRoundTrip:
         ids=str,
     )
     def test_a_lora_loads_through_diffusers_at_the_trained_scale(self, options, base_folder, pairs, config):
-        trainer = MaPOTrainer(str(base_folder), config(), pairs, peft_config=lora(**options))
+        trainer = MaPOTrainer(str(base_folder), config(learning_rate=3e-3), pairs, peft_config=lora(**options))
         trainer.train()
         trainer.save_model()
         trained = draw(trainer.pipeline)

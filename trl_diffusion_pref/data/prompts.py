@@ -171,8 +171,8 @@ def truncation_report(prompts: Iterable[str], pipeline: DiffusionPipeline, famil
         return None
     counts = ", ".join(f"{count} at the {limit} tokens of {name}" for name, (count, limit) in cut.items())
     return (
-        f"Of {len(distinct)} distinct prompts some are too long and are cut: {counts}. What stands beyond is not "
-        "read there, in training as in sampling; shorten them if it matters."
+        f"Of {len(distinct)} distinct prompts some are too long: {counts}. Tokens past the limit are ignored, in "
+        "training and in sampling; shorten the prompts if it matters."
     )
 
 

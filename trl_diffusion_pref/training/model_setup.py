@@ -208,10 +208,8 @@ def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family
         return
     denoiser = f"The {family.denoiser_name} of {family.pipeline_class}"
     if not args.checkpointing_is_default:
-        problem = "computes something else with activation checkpointing, so it would train something else"
-        raise ValueError(
-            f"{denoiser} {problem if has_it else 'has no such thing'}. Set activation_checkpointing=False."
-        )
+        problem = "gives wrong results with" if has_it else "does not support"
+        raise ValueError(f"{denoiser} {problem} activation checkpointing. Set activation_checkpointing=False.")
     logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
     args.activation_checkpointing = args.gradient_checkpointing = False
 
