@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .algorithms.mapo.trainer import MaPOTrainer
     from .algorithms.self_npo.config import SelfNPOConfig
     from .algorithms.self_npo.trainer import SelfNPOTrainer
+    from .data.load import load_pairs
     from .memory import MemoryEstimate, estimate_memory
     from .training.divergence import DivergenceError
     from .training.monitor import NonFiniteLossError
@@ -33,6 +34,7 @@ __all__ = [
     "SelfNPOTrainer",
     "__version__",
     "estimate_memory",
+    "load_pairs",
 ]
 
 # Where each public name lives. It is imported when it is first used, since torch and the host libraries take seconds.
@@ -48,6 +50,7 @@ _MODULES = {
     "SelfNPOTrainer": "algorithms.self_npo.trainer",
     "TRAINERS": "algorithms",
     "estimate_memory": "memory",
+    "load_pairs": "data.load",
 }
 
 

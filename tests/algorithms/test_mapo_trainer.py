@@ -44,6 +44,7 @@ def test_the_first_step_s_loss_metrics_and_gradient_are_those_worked_out_by_hand
     pipeline = build_tiny_pipeline()
     reference = copy.deepcopy(pipeline)
     cfg = config(max_steps=1, per_device_train_batch_size=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+    cfg.cache_dtype = "float32"
     cfg.train_sampling_strategy = "sequential"
     trainer = MaPOTrainer(pipeline, cfg, pairs.select(range(2)), optimizers=(None, None))
     trainer.train()
@@ -233,7 +234,7 @@ def test_a_streamed_data_set_trains_like_a_stored_one(pairs, config):
     weights = []
     for dataset in (pairs, pairs.to_iterable_dataset()):
         pipeline = build_tiny_pipeline()
-        cfg = config()
+        cfg = config(shuffle_buffer=0)
         cfg.train_sampling_strategy = "sequential"
         MaPOTrainer(pipeline, cfg, dataset).train()
         weights.append(weights_of(pipeline.unet))

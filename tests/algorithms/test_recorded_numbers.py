@@ -109,6 +109,8 @@ def ten_steps(name: str, folder: Path) -> dict[str, list[float]]:
         save_strategy="no",
         activation_checkpointing=False,
         disable_tqdm=True,
+        cache_dtype="float32",
+        aspect_ratio_buckets=False,
         use_cpu=True,
         report_to="none",
         **({"divergence_guard": "off"} if config_class is DiffusionDPOConfig else {}),

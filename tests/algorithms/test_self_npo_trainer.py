@@ -233,7 +233,9 @@ class TestOneStep:
 
     def test_dropped_prompts_are_the_empty_one_for_teacher_and_student(self, npo, asked):
         trainer = SelfNPOTrainer(
-            build_tiny_pipeline(), npo(prompt_dropout=0.5, max_steps=1, per_device_train_batch_size=16), asked
+            build_tiny_pipeline(),
+            npo(prompt_dropout=0.5, max_steps=1, per_device_train_batch_size=16, cache_dtype="float32"),
+            asked,
         )
         trainer.train()
         empty = build_tiny_pipeline().encode_prompt("", "cpu", 1, False)[0][0]
@@ -399,7 +401,9 @@ class TestData:
     def test_streamed_prompts_train_as_stored_ones(self, npo, asked):
         runs = []
         for data in (asked, asked.to_iterable_dataset()):
-            trainer = SelfNPOTrainer(build_tiny_pipeline(), npo(train_sampling_strategy="sequential"), data)
+            trainer = SelfNPOTrainer(
+                build_tiny_pipeline(), npo(train_sampling_strategy="sequential", shuffle_buffer=0), data
+            )
             trainer.train()
             runs.append(weights_of(trainer.model))
         for name, tensor in runs[0].items():

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from helpers import tiny
-from helpers.encoding import encode_rows
+from helpers.encoding import encoder_of
 from helpers.pipelines import image_pairs
 from PIL import Image
 
@@ -106,9 +106,9 @@ def test_the_data_set_s_long_prompts_are_named_in_one_line(long_pairs, tiny_pipe
 
 def test_a_stream_s_long_prompts_are_named_once(long_pairs, tiny_pipeline, caplog):
     said, family = Messages(tiny_pipeline), family_for(tiny_pipeline)
-    options = EncodingOptions(resolution=16)
-    stream = encode_rows(long_pairs.to_iterable_dataset(), tiny_pipeline, family, options, batch_size=1)
-    assert len(list(stream)) == 3
+    encoder = encoder_of(tiny_pipeline, family, EncodingOptions(resolution=16))
+    stream = encoder.encode(long_pairs.to_iterable_dataset(), "train_dataset")
+    assert len(list(stream.evaluation_batches(1, process=(0, 1)))) == 3
     ours = [record.getMessage() for record in caplog.records if "distinct prompts" in record.getMessage()]
     assert len(ours) == 1 and ours[0].startswith("train_dataset is streamed")
     assert not said.texts

@@ -4,13 +4,13 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import tiny
-from helpers.encoding import encode_rows
+from helpers.encoding import encode_rows, encoder_of
 from helpers.pipelines import image_pairs, png
 from helpers.recorder import Recorder
 from PIL import Image
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
-from trl_diffusion_pref.data import Collator, EncodingOptions, encode_prompt_table
+from trl_diffusion_pref.data import EncodingOptions
 from trl_diffusion_pref.evaluation import preference_accuracy
 from trl_diffusion_pref.families import family_for
 
@@ -57,14 +57,15 @@ def pipeline():
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["stored", "streamed"])
 def test_sizes_and_crops_of_both_images_reach_the_batch(streamed, rows, pipeline, tmp_path):
-    family = family_for(pipeline)
-    common = {"what": "train_dataset", "batch_size": 2}
-    table = encode_prompt_table(rows["prompt"], pipeline, family, cache_folder=tmp_path, batch_size=2)
+    encoder = encoder_of(pipeline, family_for(pipeline), OPTIONS, cache_folder=tmp_path)
+    encoder.add_prompts([rows])
     if streamed:
-        encoded = list(encode_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
+        stream = encoder.encode(rows.to_iterable_dataset(), "train_dataset")
+        (batch,) = stream.evaluation_batches(2, process=(0, 1))
     else:
-        encoded = encode_rows(rows, pipeline, family, OPTIONS, cache_folder=tmp_path, **common)
-    time_ids = Collator(table)([encoded[0], encoded[1]])["samples"]["time_ids"]
+        encoded = encoder.encode(rows, "train_dataset")
+        batch = encoder.collator([encoded[0], encoded[1]])
+    time_ids = batch["samples"]["time_ids"]
     assert time_ids[:, 0].tolist() == CHOSEN
     assert time_ids[:, 1].tolist() == REJECTED
 
@@ -74,7 +75,7 @@ def test_families_without_it_store_nothing(rows, tiny_pipeline, tmp_path):
     encoded = encode_rows(
         rows, tiny_pipeline, family, OPTIONS, what="train_dataset", cache_folder=tmp_path, batch_size=2
     )
-    assert set(encoded.encoded.column_names) == {"prompt", "row", "latents/mean", "latents/std"}
+    assert set(encoded.encoded[0]) == {"prompt", "row", "latents/mean", "latents/std"}
 
 
 def time_ids(recorder: Recorder) -> list[list[float]]:
@@ -89,6 +90,7 @@ def options(tmp_path, **more) -> dict:
         "max_steps": 1,
         "per_device_train_batch_size": 2,
         "resolution": RESOLUTION,
+        "aspect_ratio_buckets": False,
         "save_strategy": "no",
         "disable_tqdm": True,
         "activation_checkpointing": False,
@@ -147,11 +149,10 @@ def test_held_out_accuracy_is_computed_with_it(rows, pipeline, tmp_path):
 def test_a_guidance_embedding_reaches_stored_and_streamed_batches(rows, tmp_path):
     """Flux's is one number per prompt."""
     pipeline = tiny.build("flux_dev")
-    family = family_for(pipeline)
-    table = encode_prompt_table(rows["prompt"], pipeline, family, cache_folder=tmp_path, batch_size=2)
-    common = {"what": "train_dataset", "batch_size": 2}
-    streamed = list(encode_rows(rows.to_iterable_dataset(), pipeline, family, OPTIONS, **common))
-    stored = encode_rows(rows, pipeline, family, OPTIONS, cache_folder=tmp_path, **common)
-    for encoded in (streamed, stored):
-        guidance = Collator(table)([encoded[0], encoded[1]])["prompts"]["guidance"]
+    encoder = encoder_of(pipeline, family_for(pipeline), OPTIONS, cache_folder=tmp_path)
+    encoder.add_prompts([rows])
+    stored = encoder.encode(rows, "train_dataset")
+    (streamed,) = encoder.encode(rows.to_iterable_dataset(), "train_dataset").evaluation_batches(2, process=(0, 1))
+    for batch in (streamed, encoder.collator([stored[0], stored[1]])):
+        guidance = batch["prompts"]["guidance"]
         assert torch.equal(guidance, torch.ones(2)) and guidance.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Encoding as tests want it: one call, and rows in which each sample's posterior has a name."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -12,6 +13,9 @@ def encoder_of(
     pipeline, family, options: EncodingOptions, *, cache_folder=None, batch_size: int = 4, layout: Layout = PAIRS
 ) -> DatasetEncoder:
     folder = Path(cache_folder or mkdtemp())
+    if options.cache_dtype == "auto":
+        # Values are compared with those of the VAE itself.
+        options = replace(options, cache_dtype="float32")
     return DatasetEncoder(pipeline, family, layout, options, cache_folder=folder, batch_size=batch_size)
 
 
@@ -33,7 +37,7 @@ class Rows:
         return self._named(self.encoded[index])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return map(self._named, self.encoded)
+        return map(self.__getitem__, range(len(self)))
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -42,8 +46,10 @@ class Rows:
 def encode_rows(
     dataset, pipeline, family, options: EncodingOptions, *, what="train_dataset", layout: Layout = PAIRS, **where
 ) -> Rows:
-    """Rows of a stored or streamed data set."""
-    return Rows(encoder_of(pipeline, family, options, layout=layout, **where).encode(dataset, what), layout)
+    """Rows of a stored data set."""
+    encoder = encoder_of(pipeline, family, options, layout=layout, **where)
+    encoder.add_prompts([dataset])
+    return Rows(encoder.encode(dataset, what), layout)
 
 
 def latent_shape(pipeline, family, resolution=None, num_frames=None) -> tuple[int, ...]:

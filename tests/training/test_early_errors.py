@@ -56,8 +56,8 @@ def test_options_that_do_not_suit_the_model(options, message, nothing_is_encoded
     [
         ({"eval_strategy": "steps", "eval_steps": 1}, "stored", "eval_strategy='steps' needs an eval_dataset"),
         ({"reference": "precomputed"}, "streamed", "needs data sets of known rows, and train_dataset is streamed"),
-        ({"dataloader_num_workers": 2}, "streamed", "dataloader_num_workers=2: a streamed data set is encoded as it"),
-        ({}, "without prompt", "train_dataset lacks the column prompt"),
+        ({"aspect_ratio_buckets": True}, "streamed", "aspect_ratio_buckets=True: train_dataset is streamed"),
+        ({}, "without prompt", "train_dataset has no known layout.*it lacks the column prompt"),
     ],
 )
 def test_data_that_do_not_suit_the_options(options, data, message, no_weights_are_loaded, pairs, tmp_path):

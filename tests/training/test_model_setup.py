@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from datasets import IterableDataset
 from helpers.pipelines import build_tiny_pipeline, image_pairs, png
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -61,16 +60,6 @@ def test_a_denoiser_that_has_no_checkpointing_trains_without(config, pairs, monk
     ):
         MaPOTrainer(pipeline, config(activation_checkpointing=True), pairs)
     assert not MaPOTrainer(pipeline, config(activation_checkpointing=None), pairs).model.is_gradient_checkpointing
-
-
-def test_streams_are_not_read_by_workers(config, pairs):
-    stream: IterableDataset = pairs.to_iterable_dataset(num_shards=2)
-    message = "dataloader_num_workers=2: a streamed data set is encoded as it is read"
-    with pytest.raises(ValueError, match=message):
-        MaPOTrainer(build_tiny_pipeline(), config(dataloader_num_workers=2), stream)
-    trainer = MaPOTrainer(build_tiny_pipeline(), config(dataloader_num_workers=2), pairs)
-    with pytest.raises(ValueError, match=message):
-        trainer.evaluate(stream)
 
 
 def test_a_peft_model_is_what_is_trained_on(config, pairs):

@@ -1,7 +1,7 @@
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 
 from trl_diffusion_pref.data import Batch
 from trl_diffusion_pref.training.row_cache import RowCache
@@ -19,15 +19,32 @@ class Options:
         self.cache_folder = lambda: folder
 
 
+class Encoded:
+    """What the cache asks of an encoded data set."""
+
+    fingerprint = "data"
+
+    def __init__(self, rows):
+        self.rows = np.asarray(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def subset(self, indices):
+        return Encoded(self.rows[indices])
+
+
 @pytest.fixture
-def dataset() -> Dataset:
-    return Dataset.from_dict({"row": list(range(5))})
+def dataset() -> Encoded:
+    return Encoded(range(5))
 
 
 def batches(dataset, batch_size):
-    """Not in order, as the processes of a run hand them in."""
-    for rows in ([3, 0], [4, 1], [2]):
-        yield Batch(torch.tensor(rows), None, {}, {}, {}, {})
+    """Not in order, and one row twice, as the processes of a run hand them in."""
+    for rows in ([3, 0], [4, 1], [2, 2]):
+        wanted = [row for row in rows if row in dataset.rows]
+        if wanted:
+            yield Batch(torch.tensor(wanted), None, {}, {}, {}, {})
 
 
 @pytest.fixture
@@ -70,3 +87,26 @@ def test_a_table_is_in_order_of_rows_and_leaves_the_model_as_it_was(cache, datas
     table = cache.load_or_compute(dataset, compute, RECORD)
     assert torch.equal(table, torch.tensor([[10.0 * row, row + 1.0] for row in range(5)]))
     assert table.dtype == torch.float32 and cache.model.training
+
+
+def test_rows_that_were_left_out_are_not_computed(cache):
+    table = cache.load_or_compute(Encoded([0, 2, 3]), lambda batch: batch.rows[:, None], RECORD)
+    assert table.isnan().squeeze(1).tolist() == [False, True, False, False]
+
+
+def test_an_interrupted_computation_goes_on_where_it_was(cache, dataset, monkeypatch):
+    monkeypatch.setattr("trl_diffusion_pref.training.row_cache._SAVE_EVERY", -1.0)
+    seen = []
+
+    def compute(batch):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(batch.rows.tolist())
+        return batch.rows[:, None]
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.load_or_compute(dataset, compute, RECORD)
+    seen.append("again")
+    table = cache.load_or_compute(dataset, compute, RECORD)
+    assert table.squeeze(1).tolist() == [0, 1, 2, 3, 4]
+    assert seen == [[3, 0], [4, 1], "again", [2, 2]]

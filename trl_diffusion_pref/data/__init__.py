@@ -2,11 +2,16 @@
 
 from .batch import Batch, Collator, Mode, NoisyBatch, Posterior, corrupt, drop_prompts, halves
 from .dataset_encoder import DatasetEncoder, on_device
-from .encoding import EncodingOptions
+from .encoded import EncodedDataset
 from .layouts import PAIRS, Layout, check_columns, column_names, dataset_fingerprint
+from .load import load_pairs
+from .options import EncodingOptions
+from .pair_options import PairOptions, PairReport
+from .pairs import as_pairs, pair_report, pairs_and_report
 from .preparation import preparation_for
 from .prompts import PromptTable, encode_prompt_table
 from .resolution import as_resolution
+from .streams import EncodedStream, StreamLoader
 
 
 __all__ = [
@@ -14,12 +19,18 @@ __all__ = [
     "Batch",
     "Collator",
     "DatasetEncoder",
+    "EncodedDataset",
+    "EncodedStream",
     "EncodingOptions",
     "Layout",
     "Mode",
     "NoisyBatch",
+    "PairOptions",
+    "PairReport",
     "Posterior",
     "PromptTable",
+    "StreamLoader",
+    "as_pairs",
     "as_resolution",
     "check_columns",
     "column_names",
@@ -28,6 +39,9 @@ __all__ = [
     "drop_prompts",
     "encode_prompt_table",
     "halves",
+    "load_pairs",
     "on_device",
+    "pair_report",
+    "pairs_and_report",
     "preparation_for",
 ]

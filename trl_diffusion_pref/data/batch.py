@@ -14,15 +14,29 @@ from .prompts import PromptTable
 
 # What the columns of encoded rows begin with; `Collator` makes one mapping of each kind.
 PROMPT, SAMPLE, CONDITION, SCALAR = "prompt/", "sample/", "condition/", "scalar/"
+# The number of a row's prompt in the table, for rows that do not carry their own conditioning.
+PROMPT_NUMBER = "prompt"
 MEAN, STD = "latents/mean", "latents/std"
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """The VAE's posterior of each sample: mean and standard deviation, `(S, B, ...)` float32."""
+    """The VAE's posterior of each sample, `(S, B, ...)` float32: mean, and standard deviation where it is kept."""
 
     mean: Tensor
-    std: Tensor
+    std: Tensor | None
+
+    def at(self, noise: Tensor | None) -> Tensor:
+        """The mean, or a sample made with standard normal noise `(S, B, ...)`.
+
+        Raises:
+            ValueError: The standard deviation was not kept.
+        """
+        if noise is None:
+            return self.mean.float()
+        if self.std is None:
+            raise ValueError("The samples were encoded without their standard deviation. Set latent_sampling='mean'.")
+        return self.mean.float() + self.std.float() * noise
 
 
 @dataclass(frozen=True)
@@ -47,14 +61,17 @@ class Batch:
 
     @classmethod
     def from_collated(cls, collated: Mapping[str, Any]) -> "Batch":
-        """The batch of a `Collator`'s mapping, in which B comes first, as loaders and accelerate want it."""
-        latents = collated["latents"]
+        """The batch of a `Collator`'s mapping, in which B comes first, as loaders and accelerate want it.
+
+        What is kept in half precision becomes float32 here, on the device.
+        """
+        latents = {name: tensor.float().transpose(0, 1) for name, tensor in collated["latents"].items()}
         return cls(
             rows=collated["row"],
-            latents=Posterior(latents["mean"].transpose(0, 1), latents["std"].transpose(0, 1)) if latents else None,
-            prompts=dict(collated["prompts"]),
-            sample_conditioning={name: tensor.transpose(0, 1) for name, tensor in collated["samples"].items()},
-            conditions=dict(collated["conditions"]),
+            latents=Posterior(latents["mean"], latents.get("std")) if latents else None,
+            prompts={name: tensor.float() for name, tensor in collated["prompts"].items()},
+            sample_conditioning={name: tensor.float().transpose(0, 1) for name, tensor in collated["samples"].items()},
+            conditions={name: tensor.float() for name, tensor in collated["conditions"].items()},
             scalars=dict(collated["scalars"]),
         )
 
@@ -71,9 +88,10 @@ class Batch:
 
     def in_reverse(self) -> "Batch":
         """The samples of each row in the reverse order: rejected before chosen."""
+        latents = self.latents
         return replace(
             self,
-            latents=self.latents and Posterior(self.latents.mean.flip(0), self.latents.std.flip(0)),
+            latents=latents and Posterior(latents.mean.flip(0), None if latents.std is None else latents.std.flip(0)),
             sample_conditioning={name: tensor.flip(0) for name, tensor in self.sample_conditioning.items()},
             scalars={name: tensor.flip(1) if tensor.ndim == 2 else tensor for name, tensor in self.scalars.items()},
         )
@@ -130,9 +148,10 @@ class NoisyBatch:
 
 def corrupt(batch: Batch, mode: Mode, process: NoiseProcess) -> NoisyBatch:
     """Corrupts a batch. All samples of a row get the same noise, time and prompt."""
-    mean, std = batch.posterior.mean.float(), batch.posterior.std
+    mean = batch.posterior.mean
+    process = process.sized(tuple(mean.shape[2:]))
     draws = draw_rows(mode.keys, tuple(mean.shape[2:]), len(mean), process, mean.device)
-    x0 = (mean + std.float() * draws.posterior_noise if mode.sample_posterior else mean).flatten(0, 1)
+    x0 = batch.posterior.at(draws.posterior_noise if mode.sample_posterior else None).flatten(0, 1)
     noise = draws.noise.repeat(len(mean), *[1] * (draws.noise.ndim - 1))
     t = draws.timesteps.repeat(len(mean))
     conditioning = batch.conditioning()
@@ -167,7 +186,7 @@ class Collator:
     """Stacks encoded rows.
 
     Args:
-        prompts: Table of prompt embeddings, for rows that do not carry their own as streamed ones do.
+        prompts: Table of prompt embeddings.
     """
 
     def __init__(self, prompts: PromptTable) -> None:
@@ -178,20 +197,24 @@ class Collator:
 
         Returns:
             `row` `(B,)` int64; `latents`: `mean` and `std` `(B, S, ...)`, or nothing; `prompts`, `samples`,
-            `conditions`, `scalars`: float32 tensors by name.
+            `conditions`, `scalars`: tensors by name; in the dtypes that they are kept in.
         """
 
-        def stacked(prefix: str) -> dict[str, Tensor]:
-            names = [name for name in rows[0] if name.startswith(prefix)]
-            return {
-                name.removeprefix(prefix): torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names
-            }
+        return grouped(rows) | {"prompts": self.prompts.conditioning([row[PROMPT_NUMBER] for row in rows])}
 
-        return {
-            "row": torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64),
-            "latents": stacked("latents/"),
-            "prompts": stacked(PROMPT) or self.prompts([row["prompt"] for row in rows]),
-            "samples": stacked(SAMPLE),
-            "conditions": stacked(CONDITION),
-            "scalars": stacked(SCALAR),
-        }
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`Collator`'s mapping, with the conditioning on prompts of the rows that carry their own."""
+
+    def stacked(prefix: str) -> dict[str, Tensor]:
+        names = [name for name in rows[0] if name.startswith(prefix)]
+        return {name.removeprefix(prefix): torch.stack([row[name] for row in rows]) for name in names}
+
+    return {
+        "row": torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64),
+        "latents": stacked("latents/"),
+        "prompts": stacked(PROMPT),
+        "samples": stacked(SAMPLE),
+        "conditions": stacked(CONDITION),
+        "scalars": stacked(SCALAR),
+    }

@@ -1,186 +1,104 @@
-"""Rows to latents: decodes a batch of rows, says what is wrong with any, and has the VAE encode the rest."""
+"""Rows to tensors: decodes the cells of rows, says what is wrong with any, and has the VAE encode the rest."""
 
-import json
-import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
-from uuid import uuid4
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from .batch import CONDITION, MEAN, PROMPT, SAMPLE, SCALAR, STD
+from .bad_rows import RowProblem
+from .batch import CONDITION, MEAN, SAMPLE, STD
 from .decode.cell import CellProblem
-from .layouts import Layout, prompt_problems, raise_row_problems
+from .layouts import Layout
+from .options import EncodingOptions, as_stored
 from .preparation import Preparation
-from .prompts import truncation_report, without_truncation_messages
-from .resolution import Resolution
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EncodingOptions:
-    """What decides the encoded values, beside the weights.
-
-    Args:
-        resolution: Side length in pixels of images, shorter side of videos, or (height, width); None for what the
-            pipeline generates.
-        num_frames: Of a video; None for what the pipeline generates.
-        crop: "center" or "random" (one place per row, drawn once from the seed and the row).
-        random_flip: Whether each row's samples are mirrored with probability 1/2 (one decision per row, likewise).
-        seed: Of these draws.
-    """
-
-    resolution: Resolution = None
-    num_frames: int | None = None
-    crop: Literal["center", "random"] = "center"
-    random_flip: bool = False
-    seed: int = 0
-
-    @property
-    def draws(self) -> bool:
-        """Whether the seed plays a part."""
-        return self.crop == "random" or self.random_flip
-
-
-class BadRows(Exception):
-    """Stops `map` at the first batch with rows that cannot be used."""
-
-    def __init__(self, problems: list[str], next_row: int) -> None:
-        super().__init__(problems[0])
-        self.problems, self.next_row = problems, next_row
 
 
 @dataclass(frozen=True)
 class PreparedRow:
-    """One row's samples, then its condition images, with their conditioning, and notes (kind, text); or problems."""
+    """One row's samples, then its condition images, with their conditioning, and notes by kind; or problems."""
 
-    problems: list[str]
-    samples: list[torch.Tensor]
-    conditioning: list[dict[str, torch.Tensor]]
-    notes: list[tuple[str, str]]
+    row: int
+    problems: list[RowProblem]
+    samples: list[Tensor]
+    conditioning: list[dict[str, Tensor]]
+    notes: dict[str, str]
 
 
 class RowEncoder:
-    """Encodes a batch of rows; the function that `map` calls."""
+    """Encodes rows of one size.
 
-    def __init__(
-        self,
-        preparation: Preparation,
-        layout: Layout,
-        options: EncodingOptions,
-        label: str,
-        scalars: Sequence[str],
-        *,
-        with_prompts: bool = False,
-        notes_file: Path | None = None,
-    ) -> None:
+    Args:
+        preparation: Of this size.
+        layout: The columns.
+        options: Their draws and dtypes.
+    """
+
+    def __init__(self, preparation: Preparation, layout: Layout, options: EncodingOptions) -> None:
         self.preparation, self.layout, self.options = preparation, layout, options
-        self.label, self.scalars, self.with_prompts = label, scalars, with_prompts
         self.pipeline, self.family = preparation.pipeline, preparation.family
-        self._reported_truncation = False
-        # By kind, so that each is logged once.
-        self._noted: dict[str, str] = {}
-        self._notes_file = notes_file
 
-    def prepared(self, batch: dict[str, list], rows: Sequence[int]) -> list[PreparedRow]:
-        """Decodes the cells of each row."""
-        columns = self.layout.media
-        cells = [dict(zip(columns, row, strict=True)) for row in zip(*(batch[name] for name in columns), strict=True)]
-        # Made here and not kept: data loader workers get this object by pickling or by forking.
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(self._prepare_row, rows, cells)) if columns else []
+    def prepare(self, pool: Executor, rows: Sequence[int], cells: Sequence[dict[str, Any]]) -> list[PreparedRow]:
+        """Decodes the cells of some rows."""
+        return list(pool.map(self._prepare_row, rows, cells))
 
-    def __call__(self, batch: dict[str, list], rows: list[int]) -> dict[str, Any]:
-        layout = self.layout
-        prepared = self.prepared(batch, rows)
-        problems = prompt_problems(batch["prompt"], rows)
-        problems += [problem for row in prepared for problem in row.problems]
-        if problems and self.with_prompts:
-            raise_row_problems(problems, self.label)
-        if problems:
-            raise BadRows(problems, rows[-1] + 1)
-        self._note_once([note for row in prepared for note in row.notes])
-        encoded: dict[str, Any] = {"prompt": batch["prompt"], "row": rows}
-        encoded |= {SCALAR + name: batch[name] for name in self.scalars}
-        moments = []
+    def encode(self, prepared: Sequence[PreparedRow]) -> tuple[list[dict[str, Tensor]], list[RowProblem]]:
+        """Encodes rows without problems, all at once.
+
+        Returns:
+            Each row's tensors on the CPU, by the names of an encoded row's columns; and the samples for which the VAE
+            gives no finite numbers, whose rows' tensors mean nothing.
+        """
+        layout, vae = self.layout, type(self.pipeline.vae).__name__
+        dtype = self.options.stored_dtype(self.pipeline.vae.dtype)
+        problems, moments = [], []
         for index, place in enumerate(layout.places):
-            mean, std = self.family.encode_samples(
-                self.pipeline, torch.stack([row.samples[index] for row in prepared])
-            )
+            pixels = torch.stack([row.samples[index] for row in prepared])
+            mean, std = self.family.encode_samples(self.pipeline, pixels)
             finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
-            raise_row_problems(
-                [
-                    f"row {row}, {place}: the {type(self.pipeline.vae).__name__} gives NaN or infinity, in "
-                    "float32 too, so its weights are damaged; load them again"
-                    for row, good in zip(rows, finite, strict=True)
-                    if not good
-                ],
-                self.label,
-            )
-            moments.append((mean.cpu().numpy(), std.cpu().numpy()))
-        if layout.num_samples:
-            of_samples = moments[: layout.num_samples]
-            encoded[MEAN], encoded[STD] = (np.stack(part, axis=1) for part in zip(*of_samples, strict=True))
-            for name in prepared[0].conditioning[0]:
-                values = [
-                    torch.stack([own[name] for own in row.conditioning[: layout.num_samples]]) for row in prepared
-                ]
-                encoded[SAMPLE + name] = torch.stack(values).cpu().numpy()
-        for column, moment in zip(layout.conditions, moments[layout.num_samples :], strict=True):
-            encoded[CONDITION + column] = moment[0]
-        if self.with_prompts:
-            self._report_truncation(batch["prompt"])
-            with without_truncation_messages(self.pipeline):
-                conditioning = self.family.encode_prompts(self.pipeline, batch["prompt"])
-            encoded |= {PROMPT + name: tensor.cpu().numpy() for name, tensor in conditioning.items()}
-        return encoded
-
-    def _report_truncation(self, prompts: list[str]) -> None:
-        """Once, since nobody knows how many are to come."""
-        if self._reported_truncation:
-            return
-        report = truncation_report(prompts, self.pipeline, self.family)
-        if report:
-            logger.warning("%s is streamed, and so far: %s", self.label, report)
-            self._reported_truncation = True
-
-    def _note_once(self, notes: list[tuple[str, str]]) -> None:
-        for kind, text in notes:
-            if kind not in self._noted:
-                self._noted[kind] = text
-                logger.warning("%s: %s", self.label, text)
-                if self._notes_file is not None:
-                    # At once: the file of rows, which comes last, must not be there without it.
-                    # Its name is its own, since another run may be encoding the same.
-                    unfinished = self._notes_file.with_suffix(f".{uuid4().hex}")
-                    unfinished.write_text(json.dumps(self._noted))
-                    unfinished.replace(self._notes_file)
+            reason = f"the {vae} gives NaN or infinity, in float32 too, so its weights are damaged; load them again"
+            problems += [
+                RowProblem(row.row, place, reason, "not finite")
+                for row, good in zip(prepared, finite, strict=True)
+                if not good
+            ]
+            moments.append((mean, std))
+        encoded = []
+        for number, row in enumerate(prepared):
+            tensors: dict[str, Tensor] = {}
+            if layout.num_samples:
+                of_samples = moments[: layout.num_samples]
+                tensors[MEAN] = torch.stack([mean[number] for mean, _ in of_samples])
+                if self.options.keep_std:
+                    tensors[STD] = torch.stack([std[number] for _, std in of_samples])
+            for column, (mean, _) in zip(layout.conditions, moments[layout.num_samples :], strict=True):
+                tensors[CONDITION + column] = mean[number]
+            tensors = {name: as_stored(value, dtype) for name, value in tensors.items()}
+            for name in row.conditioning[0] if layout.num_samples else ():
+                # In float32: sizes in pixels are no float16 numbers.
+                values = [own[name].float() for own in row.conditioning[: layout.num_samples]]
+                tensors[SAMPLE + name] = torch.stack(values).cpu()
+            encoded.append(tensors)
+        return encoded, problems
 
     def _prepare_row(self, row: int, cells: dict[str, Any]) -> PreparedRow:
-        layout, options, preparation = self.layout, self.options, self.preparation
-        rng = np.random.default_rng([options.seed, row])
-        crop_at = tuple(rng.random(2)) if options.crop == "random" else (0.5, 0.5)
-        flip = options.random_flip and bool(rng.random() < 0.5)
-        problem = layout.problem(cells)
-        if problem:
-            return PreparedRow([f"row {row}, {problem}"], [], [], [])
-        problems, decoded, notes = [], [], []
+        layout, preparation = self.layout, self.preparation
+        crop_at, flip = self.options.draw(row)
+        if problem := layout.problem(cells):
+            return _bad(row, [RowProblem(row, *problem, "wrong length")])
+        problems, decoded = [], []
+        notes: dict[str, str] = {}
         for place, cell in zip(layout.places, layout.cells(cells), strict=True):
             try:
                 decoded.append(preparation.decode(cell))
             except CellProblem as error:
-                problems.append(f"row {row}, {place}: {error}")
+                problems.append(RowProblem(row, place, str(error), error.kind))
                 continue
-            changes = preparation.notes(decoded[-1])
-            notes += [(kind, f"{text} (first in row {row}, {place})") for kind, text in changes.items()]
+            notes = preparation.notes(decoded[-1]) | notes
         if problems:
-            return PreparedRow(problems, [], [], [])
+            return _bad(row, problems)
         samples = [preparation.tensor(sample, crop_at, flip) for sample in decoded]
         conditioning = [preparation.conditioning(item, crop_at, flip) for item in decoded]
         # Also where they differ only in what is always cut off; with another seed, another crop may show it.
@@ -188,17 +106,18 @@ class RowEncoder:
             len(layout.samples) == 2
             and _alike(*samples[:2])
             and all(torch.equal(one, conditioning[1][name]) for name, one in conditioning[0].items())
-            and (options.crop == "center" or preparation.same(*decoded[:2]))
+            and (self.options.crop == "center" or preparation.same(*decoded[:2]))
         ):
             names = " and ".join(repr(column) for column in layout.samples)
-            problems.append(
-                f"row {row}, columns {names}: what is used of them is the same {preparation.noun}, so there is no "
-                "preference"
-            )
-            return PreparedRow(problems, [], [], [])
-        return PreparedRow([], samples, conditioning, notes)
+            reason = f"what is used of them is the same {preparation.noun}, so there is no preference"
+            return _bad(row, [RowProblem(row, f"columns {names}", reason, "same samples")])
+        return PreparedRow(row, [], samples, conditioning, notes)
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _bad(row: int, problems: list[RowProblem]) -> PreparedRow:
+    return PreparedRow(row, problems, [], [], {})
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
     """Equal except for rounding, which is far below a step of 8-bit pixels or 16-bit audio."""
     return bool((one - other).abs().max() < 1e-6)

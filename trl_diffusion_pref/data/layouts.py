@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .bad_rows import RowProblem
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -60,13 +62,13 @@ class Layout:
             return [row[name] for name in self.media]
         return [*row[self.samples[0]], *(row[name] for name in self.conditions)]
 
-    def problem(self, row: dict[str, Any]) -> str | None:
-        """What is wrong with the number of samples in a row's cells, or None."""
+    def problem(self, row: dict[str, Any]) -> tuple[str, str] | None:
+        """Where a row's cell has another number of samples, and how many; or None."""
         for column in self.samples if self.samples_per_cell is not None else ():
             found = len(row[column]) if isinstance(row[column], (list, tuple)) else None
             if found != self.samples_per_cell:
                 what = f"a list of {found}" if found is not None else f"a {type(row[column]).__name__}"
-                return f"column '{column}': found {what}, wanted a list of {self.samples_per_cell}"
+                return f"column '{column}'", f"found {what}, wanted a list of {self.samples_per_cell}"
         return None
 
 
@@ -139,28 +141,27 @@ def _labelled_pairs(columns: Sequence[str]) -> str:
     )
 
 
-def prompt_problems(prompts: Sequence[Any], rows: Sequence[int]) -> list[str]:
-    """Empty prompts and those that are no strings, with their rows."""
+def captions_of(cell: Any) -> list[str]:
+    """The captions of a cell of the column `prompt`: one, or several among which training chooses."""
+    captions = cell if isinstance(cell, (list, tuple)) else [cell]
+    return [caption for caption in captions if isinstance(caption, str)]
+
+
+def prompt_problems(cells: Sequence[Any]) -> list[RowProblem]:
+    """Prompts that are empty or no strings, with their rows, which are counted from 0."""
     problems = []
-    for row, prompt in zip(rows, prompts, strict=True):
-        if not isinstance(prompt, str):
-            problems.append(f"row {row}, column 'prompt': is {type(prompt).__name__}, not a string")
-        elif not prompt.strip():
-            problems.append(f"row {row}, column 'prompt': is empty")
+    for row, cell in enumerate(cells):
+        captions = cell if isinstance(cell, (list, tuple)) else [cell]
+        for caption in captions or [""]:
+            if not isinstance(caption, str):
+                reason = f"is {type(caption).__name__}, not a string"
+            elif not caption.strip():
+                reason = "is empty"
+            else:
+                continue
+            problems.append(RowProblem(row, "column 'prompt'", reason, "prompt"))
+            break
     return problems
-
-
-def raise_row_problems(problems: Sequence[str], label: str) -> None:
-    """Raises a ValueError that lists up to ten problems, if there are any, and how to leave rows out."""
-    if not problems:
-        return
-    more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
-    raise ValueError(
-        f"{label} has rows that cannot be used:\n  "
-        + "\n  ".join(problems[:10])
-        + more
-        + "\nRepair them, or leave them out: dataset.filter(lambda row, i: i not in bad_rows, with_indices=True)."
-    )
 
 
 def named_datasets(eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:

@@ -42,6 +42,10 @@ class Preparation(ABC, Generic[Decoded]):
         self.pipeline, self.family = pipeline, family
         self.pipeline_class = type(pipeline).__name__
 
+    def at(self, size: tuple[int, int]) -> "Preparation":
+        """The same for samples of another height and width in pixels."""
+        raise NotImplementedError(f"{self.noun}s of several sizes are not supported")
+
     def feature(self, feature: Any) -> Any:
         """The type of a column in which its cells reach `decode` undecoded, so that errors can name the row."""
         return undecoded_feature(feature)
@@ -61,7 +65,7 @@ class Preparation(ABC, Generic[Decoded]):
                 raise
             article = {"image": "an image", "video": "a video", "audio": "audio"}[found]
             message = f"found {article}, but {self.pipeline_class} generates {GENERATED[self.noun]}"
-            raise CellProblem(message) from None
+            raise CellProblem(message, "wrong type") from None
 
     @abstractmethod
     def _decode(self, cell: object) -> Decoded:
@@ -101,6 +105,9 @@ class ImagePreparation(Preparation[PILImage.Image]):
         for side in self.size:
             family.check_side(pipeline, side)
         self.shape = (3, *self.size)
+
+    def at(self, size: tuple[int, int]) -> "ImagePreparation":
+        return ImagePreparation(self.pipeline, self.family, size)
 
     def _decode(self, cell: object) -> PILImage.Image:
         return decode_image(cell)

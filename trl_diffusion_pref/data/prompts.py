@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -19,11 +18,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..families import Family
 from ..fingerprint import weights_fingerprint
-from .cache import array_features, check_space
+from .cache import Part, encode_missing, rows_per_shard, stored_bytes
+from .options import EncodingOptions, as_stored
+from .shards import ShardedTensors, as_keys, key_of
 
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_PROMPTS_VERSION = 3
+_PROMPTS_VERSION = 4
 # Cleaned by families that clean prompts, as far as the packages for it are installed: mended by ftfy, stripped by bs4.
 _CLEANED_IF_POSSIBLE = "<b>A &amp;amp; B</b> \u00e2\u20ac\u201c C"
 
@@ -32,31 +33,65 @@ class PromptTable:
     """Looks up the conditioning of prompts.
 
     Args:
-        dataset: One row per distinct prompt: `prompt` and one array column per named conditioning tensor.
+        folder: Its shards.
+        lengths: Of the tensors that are padded, how long they are with their padding, by name.
         encoded_with: `text_fingerprint` of what encoded them.
     """
 
-    def __init__(self, dataset: Dataset, encoded_with: str) -> None:
-        self.encoded_with = encoded_with
-        self.names = [name for name in dataset.column_names if name != "prompt"]
-        self._dataset = dataset.with_format("torch", columns=self.names)
-        self._row = {prompt: row for row, prompt in enumerate(dataset["prompt"])}
+    def __init__(self, folder: Path, lengths: Mapping[str, int], encoded_with: str) -> None:
+        self.lengths, self.encoded_with = dict(lengths), encoded_with
+        self.shards = ShardedTensors(folder)
+        self._numbers: dict[str, int] = {}
+        self._places = np.empty((0, 2), dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._numbers)
 
     def __contains__(self, prompt: str) -> bool:
-        return prompt in self._row
+        return prompt in self._numbers
 
-    def add(self, other: "PromptTable") -> None:
-        """Takes in another table's prompts, in place, so that whoever holds this one can look them up."""
-        both = concatenate_datasets([self._dataset.with_format(None), other._dataset.with_format(None)])
-        PromptTable.__init__(self, both, self.encoded_with)
+    def add(self, prompts: Iterable[str]) -> None:
+        """Takes in prompts that are stored, in place, so that whoever holds this table can look them up."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._numbers]
+        if not new:
+            return
+        self.shards.refresh()
+        places = self.shards.locate(as_keys(map(prompt_key, new)))
+        if (places < 0).any():
+            missing = new[int(np.argmin(places[:, 0]))]
+            raise KeyError(f"the prompt {missing!r} was not encoded")
+        # Earlier places are found again too, since shards are counted in the order of their names.
+        known = list(self._numbers)
+        self._places = np.concatenate([self.shards.locate(as_keys(map(prompt_key, known))), places])
+        self._numbers |= {prompt: number for number, prompt in enumerate(new, start=len(known))}
 
-    def __call__(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Conditioning tensors `(len(prompts), ...)` float32 on the CPU."""
-        batch = self._dataset[[self._row[prompt] for prompt in prompts]]
-        return {name: torch.as_tensor(batch[name]) for name in self.names}
+    def numbers(self, prompts: Sequence[str]) -> np.ndarray:
+        """Of each prompt, for `conditioning`, `(len(prompts),)` int32."""
+        return np.asarray([self._numbers[prompt] for prompt in prompts], dtype=np.int32)
+
+    def conditioning(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Conditioning tensors `(len(numbers), ...)` on the CPU, in the dtypes that they are kept in."""
+        distinct = list(dict.fromkeys(int(number) for number in numbers))
+        read = {number: self._padded(self.shards.read(self._places[number])) for number in distinct}
+        rows = [read[int(number)] for number in numbers]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """`conditioning` of prompts by their text."""
+        return self.conditioning(self.numbers(prompts).tolist())
+
+    def _padded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, length in self.lengths.items():
+            missing = length - len(tensors[name])
+            if missing:
+                padding = tensors[name].new_zeros(missing, *tensors[name].shape[1:])
+                tensors[name] = torch.cat([tensors[name], padding])
+        return tensors
+
+
+def prompt_key(prompt: str) -> bytes:
+    """By which a prompt is stored; the empty one is the unconditional side."""
+    return key_of("prompt", prompt)
 
 
 def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
@@ -106,46 +141,85 @@ def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_prompt_table(
-    prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family, *, cache_folder: Path, batch_size: int
+    prompts: Iterable[str],
+    pipeline: DiffusionPipeline,
+    family: Family,
+    *,
+    cache_folder: Path,
+    batch_size: int,
+    options: EncodingOptions | None = None,
 ) -> PromptTable:
     """Encodes the distinct prompts, or finds them in the cache. The empty one is `Family.encode_unconditional`.
+
+    All processes encode their share, in shards that count when they are whole.
 
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Holds one Arrow file per key: `text_fingerprint` and set of prompts.
+        cache_folder: Has one folder of shards for each `text_fingerprint` and dtype.
+        batch_size: Prompts that the text encoders take at once.
+        options: Their dtype is taken.
 
     Raises:
         ValueError: The disk has no room for the embeddings.
     """
+    options = options or EncodingOptions()
     # The empty prompt is always there: prompt dropout and guidance need it.
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
     encoded_with = text_fingerprint(pipeline, family)
-    fingerprint = Hasher.hash([_PROMPTS_VERSION, encoded_with, distinct])
+    dtype = options.stored_dtype(family.text_dtype(pipeline))
+    folder = cache_folder / f"prompts-{key_of(_PROMPTS_VERSION, encoded_with, str(dtype)).hex()}"
+    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in unconditional.items()}
+    lengths = {name: shape[0] for name, shape in shapes.items() if len(shape) >= 2}
+    table = PromptTable(folder, lengths, encoded_with)
 
-    def encode(batch: dict[str, list]) -> dict[str, np.ndarray]:
-        texts = [prompt for prompt in batch["prompt"] if prompt]
-        encoded = family.encode_prompts(pipeline, texts) if texts else {}
-        # Only the very first row is the empty prompt.
-        parts = [unconditional] * ("" in batch["prompt"]) + [encoded] * bool(texts)
-        return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in unconditional}
+    def encode(rows: np.ndarray) -> Part:
+        encoded: list[dict[str, Tensor]] = []
+        for start in range(0, len(rows), batch_size):
+            texts = [distinct[row] for row in rows[start : start + batch_size]]
+            asked = [text for text in texts if text]
+            given = family.encode_prompts(pipeline, asked) if asked else {}
+            # Only the very first of all is the empty prompt.
+            parts = [unconditional] * ("" in texts) + [given] * bool(asked)
+            both = {name: torch.cat([part[name] for part in parts]) for name in unconditional}
+            encoded += [
+                _without_padding({name: tensor[row] for name, tensor in both.items()}, family, dtype)
+                for row in range(len(texts))
+            ]
+        return Part(rows, encoded)
 
-    shapes = {name: tuple(tensor[0].shape) for name, tensor in unconditional.items()}
-    file = cache_folder / f"prompts-{fingerprint}.arrow"
-    check_space(file, len(distinct), shapes, f"The embeddings of {len(distinct)} distinct prompts")
+    # An estimate from above: padding is not stored.
+    bytes_per_row = stored_bytes(shapes, dtype)
+    size = rows_per_shard(bytes_per_row, batch_size)
     with without_truncation_messages(pipeline):
-        table = Dataset.from_dict({"prompt": distinct}).map(
+        encode_missing(
+            table.shards,
+            as_keys(map(prompt_key, distinct)),
+            np.arange(len(distinct)),
+            lambda rows: [rows[start : start + size] for start in range(0, len(rows), size)],
             encode,
-            batched=True,
-            batch_size=batch_size,
-            features=array_features(shapes, prompt="string"),
-            new_fingerprint=fingerprint,
-            cache_file_name=str(file),
-            desc="Encoding prompts",
+            label="prompts",
+            bytes_per_row=bytes_per_row,
         )
-    return PromptTable(table, encoded_with)
+    table.add(distinct)
+    return table
+
+
+def _without_padding(tensors: Mapping[str, Tensor], family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A prompt's tensors as they are kept: without trailing zeros, and without what the denoiser masks."""
+    kept = {}
+    for name, value in tensors.items():
+        if value.ndim >= 2:
+            used = value.flatten(1).any(dim=1)
+            if name in family.prompt_masks:
+                used = tensors[family.prompt_masks[name]].bool()
+                value = value * used.to(value).reshape(-1, *[1] * (value.ndim - 1))
+            positions = used.nonzero()
+            value = value[: int(positions.max()) + 1 if len(positions) else 0]
+        kept[name] = as_stored(value, dtype)
+    return kept
 
 
 def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Family) -> dict[str, tuple[int, int]]:

@@ -15,7 +15,7 @@ from .noise import NoiseProcess
 
 
 # What a sequence of numbers is for: the second entry of a key.
-TRAINING, EVALUATION, REFERENCE, LIKELIHOOD = range(4)
+TRAINING, EVALUATION, REFERENCE, LIKELIHOOD, ORDER, CAPTION = range(6)
 SampleKey = tuple[int, ...]
 
 

@@ -39,6 +39,7 @@ class AudioLDM2Family(PeftFormatFamily, AudioFamily):
     # Under gradient checkpointing diffusers 0.42 leaves an argument out, so that each one after it moves up by one.
     gradient_checkpointing = False
     read_by_value = ("prompt_attention_mask",)
+    prompt_masks = {"prompt_embeds": "prompt_attention_mask"}
 
     def sampling_rate(self, pipeline: AudioLDM2Pipeline) -> int:
         return pipeline.vocoder.config.sampling_rate

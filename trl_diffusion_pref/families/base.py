@@ -84,6 +84,9 @@ class Family(ABC):
             [negative; positive]. "separate": twice, inside diffusers' `cache_context("cond")` and
             `cache_context("uncond")`. None: unknown, and `guidance.negative_guidance` asks for it.
         guided_pipelines: Names of further diffusers classes around the same denoiser that call it in this layout.
+        aspect_ratio_buckets: Whether the published models were trained on images of several shapes.
+        prompt_masks: Which of `encode_prompts`' masks says which tokens of an embedding the denoiser looks at, by the
+            embedding's name. What is masked is not stored.
         shared_arguments: Names of the denoiser's arguments that are the same for all samples, such as positions of
             tokens; their first dimension is never a batch.
     """
@@ -103,6 +106,8 @@ class Family(ABC):
     lora_format: LoraFormat = "diffusers"
     guidance_layout: Literal["batched", "separate"] | None = None
     guided_pipelines: tuple[str, ...] = ()
+    aspect_ratio_buckets: bool = False
+    prompt_masks: ClassVar[Mapping[str, str]] = {}
     shared_arguments: tuple[str, ...] = ()
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
@@ -180,6 +185,12 @@ class Family(ABC):
             f"The {type(pipeline).__name__} has no text encoder ({names}), so prompts cannot be encoded. Load it with "
             "at least one."
         )
+
+    def text_dtype(self, pipeline: DiffusionPipeline) -> torch.dtype:
+        """The widest dtype that a text encoder computes in."""
+        names = [name for name in self.encoder_names if name.startswith("text_encoder")]
+        dtypes = [encoder.dtype for name in names if (encoder := getattr(pipeline, name, None)) is not None]
+        return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
     def resolution(self, pipeline: DiffusionPipeline) -> int:
         """Side length in pixels of the square images that the pipeline generates by default.

@@ -24,6 +24,8 @@ class FluxFamily(Family):
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
     guidance_layout = "separate"
+    # Nothing was published on its training; the announcement promises sizes from 0.1 to 2 megapixels in any shape.
+    aspect_ratio_buckets = True
     shared_arguments = ("img_ids", "txt_ids")
     # examples/dreambooth/train_dreambooth_lora_flux.py
     lora_target_modules = (

@@ -19,6 +19,9 @@ class PixArtSigmaFamily(PeftFormatFamily):
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
     guidance_layout = "batched"
+    # arXiv 2403.04692; the pipeline's tables of aspect ratios are those of the training.
+    aspect_ratio_buckets = True
+    prompt_masks = {"prompt_embeds": "prompt_attention_mask"}
     # diffusers has no LoRA example for PixArt; these are the attention layers that its other examples train.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 

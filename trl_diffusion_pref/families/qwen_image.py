@@ -18,11 +18,14 @@ class QwenImageFamily(Family):
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
     guidance_layout = "separate"
+    # arXiv 2508.02324; the model card lists the shapes to generate.
+    aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_qwen_image.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     packing = 4
     flow = True
     read_by_value = ("prompt_embeds_mask",)
+    prompt_masks = {"prompt_embeds": "prompt_embeds_mask"}
 
     def conditioning_shapes(self, pipeline: QwenImagePipeline) -> dict[str, tuple[int, ...]]:
         length = call_default(pipeline, "max_sequence_length")

@@ -18,6 +18,9 @@ class SanaFamily(Family):
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder")
     guidance_layout = "batched"
+    # arXiv 2410.10629; the pipeline's tables of aspect ratios are those of the training.
+    aspect_ratio_buckets = True
+    prompt_masks = {"prompt_embeds": "prompt_attention_mask"}
     # examples/dreambooth/train_dreambooth_lora_sana.py
     lora_target_modules = ("to_k", "to_q", "to_v")
     flow = True

@@ -18,6 +18,8 @@ class StableDiffusion3Family(Family):
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     optional_encoder_names = encoder_names[1:]
     guidance_layout = "batched"
+    # arXiv 2403.03206, "finetuning on high resolutions" with varying aspect ratios.
+    aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_sd3.py
     lora_target_modules = (
         "attn.add_k_proj",

@@ -20,6 +20,8 @@ class StableDiffusionXLFamily(Family):
     denoiser_name = "unet"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
     guidance_layout = "batched"
+    # arXiv 2307.01952, section 2.3 and appendix I.
+    aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_sdxl.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     recommended = {

@@ -5,7 +5,24 @@ from collections.abc import Callable
 from torch import nn
 from transformers import TrainerCallback
 
+from ..data import EncodedDataset
+from ..data.buckets import BucketBatchSampler
 from .references import Reference
+
+
+class SetEpoch(TrainerCallback):
+    """Tells an encoded data set, and a sampler of batches that has one, which epoch begins."""
+
+    def __init__(self, dataset: EncodedDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        # In the middle of a resumed epoch it is not a whole number.
+        epoch = int((state.epoch or 0.0) + 1e-6)
+        self.dataset.set_epoch(epoch)
+        sampler = getattr(kwargs.get("train_dataloader"), "batch_sampler", None)
+        if isinstance(sampler, BucketBatchSampler):
+            sampler.set_epoch(epoch)
 
 
 class MoveReference(TrainerCallback):

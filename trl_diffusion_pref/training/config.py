@@ -1,27 +1,21 @@
 """Options that all trainers of this package share, on top of TRL's and transformers'."""
 
 import copy
-import re
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
-import datasets
 import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, IterableDataset
-from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
-from trl.trainer.base_config import _BaseConfig
 
-from ..data import as_resolution
-from ..data.layouts import named_datasets
+from ..data.layouts import labelled_datasets
 from ..diffusion.noise import NoiseProcess, noise_process
+from .data_config import DataConfig
+from .documented import documented
 from .option_checks import check_effects, check_loop, check_ranges, check_schedule, check_trackers, check_types
 
 
@@ -34,41 +28,14 @@ PAIR_METRICS = (
 )
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
-Config = TypeVar("Config", bound=TrainingArguments)
-
-
-def documented(config_class: type[Config]) -> type[Config]:
-    """Class decorator, above `@dataclass`, that takes the command line's helps from the class's docstring.
-
-    An option's text stands there under a line "name (`type`, *optional*, defaults to `value`):", further indented.
-    Options that have `metadata={"help": ...}` need none.
-
-    Raises:
-        TypeError: An option that the class adds or changes has no text, or a text is about no option of the class.
-    """
-    if sys.flags.optimize > 1:  # `python -OO` removes docstrings
-        return config_class
-    entries = re.findall(r"^( +)(\w+) \(`.*\):\n((?:\1 +.+\n)+)", config_class.__doc__ or "", re.MULTILINE)
-    # argparse formats helps with "%".
-    helps = {name: " ".join(text.split()).replace("%", "%%") for _, name, text in entries}
-    own = [option for option in fields(config_class) if option.name in config_class.__annotations__]
-    for option in own:
-        if option.name in helps:
-            option.metadata = MappingProxyType({**option.metadata, "help": helps.pop(option.name)})
-    wrong = [*(option.name for option in own if not option.metadata.get("help")), *helps]
-    if wrong:
-        raise TypeError(
-            f"{config_class.__name__}: {', '.join(wrong)}: every option that the class defines needs a text in its "
-            "docstring, or metadata={'help': ...}, and every text there an option that the class defines."
-        )
-    return config_class
 
 
 @documented
 @dataclass
-class DiffusionPreferenceConfig(_BaseConfig):
+class DiffusionPreferenceConfig(DataConfig):
     r"""
-    Options shared by all trainers of this package. See [`~transformers.TrainingArguments`] for the rest.
+    Options shared by all trainers of this package, with those of [`DataConfig`] about data. See
+    [`~transformers.TrainingArguments`] for the rest.
 
     A value that cannot be used, and an option that has no effect beside the others, raise a `ValueError` when the
     config is made.
@@ -86,29 +53,11 @@ class DiffusionPreferenceConfig(_BaseConfig):
         gradient_checkpointing (`bool`, *optional*):
             Older name of `activation_checkpointing`.
 
-    > Parameters that control the data
+    > Parameters that control training
 
-        resolution (`int` or `str`, *optional*):
-            Side length in pixels of the square that every image is scaled and cropped to; for videos the shorter
-            side. Or height and width, `"768x1360"`, of images and videos. Default: what the pipeline generates.
-        num_frames (`int`, *optional*):
-            Frames that every video must have, at least 1. Default: what the pipeline generates. An error where it
-            generates no videos.
-        crop (`str`, *optional*, defaults to `"center"`):
-            Where an image with another aspect ratio is cropped: `"center"`, which does not depend on the seed, or
-            `"random"`, one relative place for all images of a row, chosen once at encoding.
-        random_flip (`bool`, *optional*, defaults to `False`):
-            Mirrors a row's images with probability 1/2, all alike, decided once at encoding. Off by default, since
-            prompts that name left and right, and writing in the images, become wrong.
-        latent_sampling (`str`, *optional*, defaults to `"sample"`):
-            `"sample"` draws latents from the VAE's posterior at every step, as the authors' released code does;
-            `"mean"` takes its mean.
         prompt_dropout (`float`, *optional*, defaults to `0.0`):
             Share of rows, in [0, 1), that are trained with the empty prompt, which classifier-free guidance needs.
             One decision for all images of a row. The default trains on every prompt.
-        encode_batch_size (`int`, *optional*, defaults to `8`):
-            Rows that the VAE, and prompts that the text encoders, take at once before training; at least 1. Lower
-            it if encoding runs out of memory.
         timestep_sampling (`str`, *optional*):
             Distribution of a flow model's training times: `"logit_normal"` (the default there, as Stable Diffusion
             3 was trained), `"uniform"` or `"mode"` (arXiv 2403.03206). An error for other models, whose times are
@@ -120,8 +69,6 @@ class DiffusionPreferenceConfig(_BaseConfig):
         eval_draws (`int`, *optional*, defaults to `8`):
             Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
             likelihoods for the preference accuracy; at least 0, which leaves it out. More cost more and vary less.
-        dataset_cache_dir (`str`, *optional*):
-            Folder of encoded data sets. Default: `trl_diffusion_pref` in the cache folder of `datasets`.
 
     > Parameters of transformers with another default
 
@@ -139,17 +86,16 @@ class DiffusionPreferenceConfig(_BaseConfig):
     > shuffle differently), `greater_is_better=False` for the metrics `mse/*` and `x0_error`.
     """
 
-    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*DataConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
     # For subclasses: intervals of their numbers, options that count only with some values of another one (see
     # `check_effects`), and the names that `metric_for_best_model` may have (none: any).
     _ranges: ClassVar[dict[str, str]] = {
-        "num_frames": "[1, inf)",
+        **DataConfig._ranges,
         "prompt_dropout": "[0, 1)",
-        "encode_batch_size": "[1, inf)",
         "timestep_shift": "(0, inf)",
         "eval_draws": "[0, inf)",
     }
-    _effective_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {}
+    _effective_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {**DataConfig._effective_with}
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -157,18 +103,11 @@ class DiffusionPreferenceConfig(_BaseConfig):
     activation_checkpointing: bool | None = None
     # TRL's default of True would go through transformers' deprecated name; see __post_init__.
     gradient_checkpointing: bool | None = None  # type: ignore[assignment]  # None says that it was not set
-    resolution: int | str | None = None
-    num_frames: int | None = None
-    crop: Literal["center", "random"] = "center"
-    random_flip: bool = False
-    latent_sampling: Literal["sample", "mean"] = "sample"
     prompt_dropout: float = 0.0
-    encode_batch_size: int = 8
     timestep_sampling: Literal["logit_normal", "uniform", "mode"] | None = None
     timestep_shift: float | None = None
     eval_draws: int = 8
-    dataset_cache_dir: str | None = None
-    bf16: bool | None = None
+    bf16: bool | None = None  # type: ignore[assignment]  # None until __post_init__
     dataloader_pin_memory: bool | None = None  # type: ignore[assignment]  # None until __post_init__
     lr_scheduler_type: SchedulerType | str = "constant"
 
@@ -203,7 +142,6 @@ class DiffusionPreferenceConfig(_BaseConfig):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = self.activation_checkpointing
-        self.resolution = as_resolution(self.resolution)  # type: ignore[assignment]  # a command line has no pairs
         check_trackers(self.report_to or ())
         check_schedule(self)
         self._check_metric(None)
@@ -230,19 +168,14 @@ class DiffusionPreferenceConfig(_BaseConfig):
                     raise ValueError(f"{name}={value!r} needs an eval_dataset. Pass one, or set {name}={off!r}.")
         else:
             self._check_metric([f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""])
-        everything = [train_dataset, *(dataset for _, dataset in named_datasets(eval_dataset))]
-        self.check_streams(everything)
+        for label, dataset in [("train_dataset", train_dataset), *labelled_datasets(eval_dataset)]:
+            if self.aspect_ratio_buckets and isinstance(dataset, IterableDataset):
+                raise ValueError(
+                    f"aspect_ratio_buckets=True: {label} is streamed, and a batch of a stream has images of any "
+                    "shape. Leave the option out, or store the data."
+                )
         if isinstance(train_dataset, IterableDataset) and self.max_steps < 1:
             raise ValueError(f"max_steps={self.max_steps}: train_dataset is streamed, so set the number of steps.")
-
-    def check_streams(self, datasets: Iterable[Any]) -> None:
-        """Raises a ValueError if worker processes would read a stream."""
-        if self.dataloader_num_workers > 0 and any(isinstance(dataset, IterableDataset) for dataset in datasets):
-            raise ValueError(
-                f"dataloader_num_workers={self.dataloader_num_workers}: a streamed data set is encoded as it is read, "
-                "by the pipeline's encoders in the training process, and each worker would count its rows from 0. Set "
-                "dataloader_num_workers=0."
-            )
 
     def _check_metric(self, prefixes: list[str] | None) -> None:
         """Checks `metric_for_best_model`; None stands for evaluation data sets of any names."""
@@ -298,12 +231,6 @@ class DiffusionPreferenceConfig(_BaseConfig):
         finally:
             vars(self).update(before)
 
-    def cache_folder(self) -> Path:
-        """The folder of encoded data sets, which is made if it does not exist."""
-        folder = Path(self.dataset_cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "trl_diffusion_pref")
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def check_filled_in(self) -> None:
         """Checks the options that depend on the model; trainers call it when those that were None have their values.
 
@@ -336,6 +263,7 @@ class GuardedConfig(DiffusionPreferenceConfig):
         "divergence_window": "[1, inf)",
     }
     _effective_with = {
+        **DiffusionPreferenceConfig._effective_with,
         "divergence_margin": ("divergence_guard", ("stop", "warn")),
         "divergence_window": ("divergence_guard", ("stop", "warn")),
     }

@@ -1,6 +1,7 @@
 """Values of samples on their way to the log."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,20 @@ def gathered(values: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
     return accelerator.gather(torch.stack([value.detach().float() for value in values.values()], dim=1))
 
 
+def padded(tensors: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """Tensors `(B, ...)` with `count` rows, the last one repeated, so that all processes gather equally many."""
+    missing = count - len(tensors[0])
+    if missing <= 0:
+        return tensors
+    return tuple(torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) for tensor in tensors)
+
+
 def joined(values: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     """An evaluation's values as one array, also where `eval_do_concat_batches=False` leaves a list of batches."""
     return np.concatenate(values) if isinstance(values, list) else np.asarray(values)
+
+
+def each_row_once(rows: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `(N,)` in order and their values `(N, ...)`; some come twice where processes cannot share them evenly."""
+    distinct, first = np.unique(joined(rows), return_index=True)
+    return distinct, joined(values)[first]

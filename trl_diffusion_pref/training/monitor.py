@@ -78,6 +78,12 @@ class StepMonitor(TrainerCallback):
             if name not in ("loss", *UNLOGGED):
                 self._values[name].append(mean)
 
+    def check_weights(self, model: nn.Module, step: int) -> None:
+        """Raises a NonFiniteLossError if weights that are about to be written are not finite."""
+        if bad := non_finite_weights(model):
+            finding = f"the weights of {bad[0]} are not finite, so no checkpoint was written"
+            raise non_finite_error(step, finding, self.checkpointer.output_dir)
+
     def take_means(self) -> dict[str, float]:
         """The metrics' means over the micro-batches since the last call."""
         means = {name: sum(values) / len(values) for name, values in self._values.items()}

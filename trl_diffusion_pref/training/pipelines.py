@@ -1,6 +1,7 @@
 """What `model` and `ref_model` may be: their family, name on the Hub, and loaded pipeline."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def short_name(model: str | os.PathLike | DiffusionPipeline) -> str:
+    """Of a folder, a Hub id or a loaded pipeline."""
+    return Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
 
 
 def load_reference_model(

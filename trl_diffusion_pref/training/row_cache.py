@@ -2,23 +2,30 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import Batch, dataset_fingerprint
+from ..data import Batch, EncodedDataset
 from .config import DiffusionPreferenceConfig
+from .metrics import padded
 from .process_state import restored_generators
+
+
+# Seconds between two saves of an unfinished table.
+_SAVE_EVERY = 60.0
 
 
 class RowCache:
@@ -35,7 +42,7 @@ class RowCache:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        batches: Callable[[Dataset, int], Iterable[Batch]],
+        batches: Callable[[EncodedDataset, int], Iterable[Batch]],
         args: DiffusionPreferenceConfig,
         depends_on: dict[str, Any],
     ) -> None:
@@ -44,7 +51,7 @@ class RowCache:
 
     def load_or_compute(
         self,
-        dataset: Dataset,
+        dataset: EncodedDataset,
         compute: Callable[[Batch], Tensor],
         record: dict[str, Any],
         file: Path | None = None,
@@ -59,14 +66,14 @@ class RowCache:
             batch_size: Rows at once; default the cache's.
 
         Returns:
-            `(len(dataset), ...)` float32 on the CPU, in order, in every process.
+            `(rows, ...)` float32 on the CPU, by the rows' positions, in every process; NaN for rows that are left out.
 
         Raises:
             ValueError: The named file was made from something else; the message says what differs.
         """
         record = self.depends_on | record
         record |= {
-            "data": dataset_fingerprint(dataset),
+            "data": dataset.fingerprint,
             "rows": len(dataset),
             "precision": self.accelerator.mixed_precision,
         }
@@ -74,31 +81,62 @@ class RowCache:
         # All must decide alike, also where nodes have caches of their own.
         if all(gather_object([file.is_file()])):
             return _load(file, record)
-        table = self._compute(dataset, compute, record["what"], batch_size or self.batch_size).cpu().contiguous()
-        if self.accelerator.is_local_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_suffix(".unfinished")
-            save_file({"table": table}, unfinished, metadata={"record": json.dumps(record)})
-            unfinished.replace(file)
+        table = self._compute(dataset, compute, record, file, batch_size or self.batch_size)
         self.accelerator.wait_for_everyone()
         return table
 
-    def _compute(self, dataset: Dataset, compute: Callable[[Batch], Tensor], what: str, batch_size: int) -> Tensor:
-        was_training = self.model.training
+    def _compute(
+        self,
+        dataset: EncodedDataset,
+        compute: Callable[[Batch], Tensor],
+        record: dict[str, Any],
+        file: Path,
+        batch_size: int,
+    ) -> Tensor:
+        """Computes the rows that an interrupted run has not computed, and writes the file."""
+        unfinished, table, saves = file.with_suffix(".unfinished"), None, self.accelerator.is_local_main_process
+        missing = np.arange(len(dataset))
+        if all(gather_object([_fits(unfinished, record)])):
+            table = _load(unfinished, record)
+            missing = np.flatnonzero(table[torch.from_numpy(dataset.rows)].flatten(1).isnan().any(dim=1).numpy())
+        total = math.ceil(len(missing) / batch_size / self.accelerator.num_processes)
+        bar = {"desc": record["what"], "total": total, "disable": not self.accelerator.is_main_process}
+        was_training, saved = self.model.training, time.monotonic()
         self.model.eval()
-        parts, rows = [], []
-        total = math.ceil(len(dataset) / batch_size / self.accelerator.num_processes)
-        bar = {"desc": what, "total": total, "disable": not self.accelerator.is_main_process}
-        with restored_generators(self.accelerator.device), torch.no_grad(), self.accelerator.autocast():
-            for batch in tqdm(self.batches(dataset, batch_size), **bar):
-                values, numbers = self.accelerator.gather_for_metrics((compute(batch).float(), batch.rows))
-                parts.append(values.cpu())
-                rows.append(numbers.cpu())
+        with restored_generators(self.accelerator.device), torch.no_grad():
+            batches = self.batches(dataset.subset(missing), batch_size) if len(missing) else ()
+            for batch in tqdm(batches, **bar):
+                # Not around the loader: a CPU's autocast takes one half precision, and rows may be kept in the other.
+                with self.accelerator.autocast():
+                    values = compute(batch).float()
+                # Where processes cannot share rows evenly, some come twice.
+                values, rows = self.accelerator.gather(padded((values, batch.rows), batch_size))
+                if table is None:
+                    table = torch.full((int(dataset.rows.max()) + 1, *values.shape[1:]), torch.nan)
+                table[rows.cpu()] = values.cpu()
+                if saves and time.monotonic() - saved > _SAVE_EVERY:
+                    _save(table, unfinished, record)
+                    saved = time.monotonic()
         self.model.train(was_training)
-        table, order = torch.cat(parts), torch.cat(rows).argsort()
-        if len(table) != len(dataset):
-            raise RuntimeError(f"{len(table)} of {len(dataset)} rows were computed; please report this.")
-        return table[order]
+        assert table is not None
+        if saves:
+            _save(table, file, record)
+            unfinished.unlink(missing_ok=True)
+        return table
+
+
+def _save(table: Tensor, file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    written = file.with_suffix(f".{uuid4().hex}")
+    save_file({"table": table}, written, metadata={"record": json.dumps(record)})
+    written.replace(file)
+
+
+def _fits(file: Path, record: dict[str, Any]) -> bool:
+    try:
+        return file.is_file() and _load(file, record) is not None
+    except ValueError:
+        return False
 
 
 def _load(file: Path, record: dict[str, Any]) -> Tensor:

@@ -23,19 +23,20 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import HubStrategy
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..data import Batch, DatasetEncoder, EncodingOptions, Layout, Mode, as_resolution
-from ..data.layouts import PAIRS, check_columns, labelled_datasets, named_datasets
+from ..data import PAIRS, Batch, EncodedDataset, EncodedStream, Layout, Mode
+from ..data.layouts import named_datasets
 from ..diffusion.noise import RectifiedFlow
 from ..evaluation import HeldOutPreferences
 from ..export.model_card import card_options, write_model_card
 from ..export.weights import lora_config, run_record
-from . import model_setup, pipelines
+from . import loaders, model_setup, pipelines
+from .callbacks import SetEpoch
 from .checkpoint import Checkpointer
 from .config import DiffusionPreferenceConfig
 from .denoiser import Denoiser
-from .metrics import UNLOGGED, joined
+from .metrics import UNLOGGED, each_row_once, padded
 from .modes import Modes
-from .monitor import StepMonitor, non_finite_error, non_finite_weights
+from .monitor import StepMonitor
 from .process_state import flush_denormals, restored_generators
 from .recommended import fill_in
 from .row_cache import RowCache
@@ -48,14 +49,13 @@ class DiffusionTrainer(_BaseTrainer):
     Args:
         model: Hub id, folder or loaded pipeline. A loaded one is trained in place: afterwards it samples with the
             tuned weights or the LoRA. One that carries an adapter (`load_lora_weights`) goes on training that adapter.
-        args: Options; they are copied, never changed. Default: the defaults, with an output folder named after the
-            model.
+        args: Options; copied, never changed. Default: the defaults, with an output folder named after the model.
         train_dataset: Column `prompt` (str) and those of the layout: what the pipeline generates, images
             (`datasets.Image`, or paths), videos (lists of such frames, or files) or audio (`datasets.Audio`, paths, or
             arrays). A streamed data set is encoded as it is read, any other once before training.
         eval_dataset: The same, or a dictionary of such data sets.
         data_collator, callbacks, optimizers: As in [`~transformers.Trainer`]; the collator takes encoded rows.
-        peft_config: Trains a LoRA instead of all weights. Without `target_modules` the family's default is used.
+        peft_config: Trains a LoRA instead of all weights. Default `target_modules`: the family's.
 
     Raises:
         ValueError: Data sets or rows that cannot be used (row and column named), options that do not suit the model.
@@ -67,6 +67,8 @@ class DiffusionTrainer(_BaseTrainer):
     config_class: ClassVar[type[DiffusionPreferenceConfig]]
     layout: Layout = Layout()
     sample_name = "samples"  # what a batch is made of, for the model card
+    # Whether batches may have samples of another size than the square's.
+    several_sizes = True
     # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
     trains_negative = False
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
@@ -87,13 +89,13 @@ class DiffusionTrainer(_BaseTrainer):
     ) -> None:
         model_setup.check_arguments(type(self).__name__, self.config_class, args, not_taken)
         # Options, then columns, then weights: nobody should load 20 GB to learn that a column is missing.
-        self.args = args = (args or self.config_class(output_dir=f"{_short_name(model)}-{self._name}")).own_copy()
+        args = args or self.config_class(output_dir=f"{pipelines.short_name(model)}-{self._name}")
+        self.args = args = args.own_copy()
         args.check_data(train_dataset, eval_dataset)
         self.family = pipelines.family_of(model, args.loading)
         self.layout = self.make_layout()
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
-        for name, dataset in [("train_dataset", train_dataset), *labelled_datasets(eval_dataset)]:
-            check_columns(dataset, name, self.layout)
+        train_dataset, eval_dataset = loaders.rows_of(train_dataset, eval_dataset, self.layout, args)
         self.pipeline = pipeline = pipelines.load_pipeline(model, args.loading)
         self.family.check_complete(pipeline)
         pipelines.check_not_offloaded(pipeline)
@@ -103,25 +105,20 @@ class DiffusionTrainer(_BaseTrainer):
         # On an error within, the caller has the pipeline back as it was.
         with model_setup.taken_out_of_peft_model(pipeline, self.family) as (base, wrapper):
             self.carried_adapter = model_setup.carries_adapter(base)
-            names = (type(self).__name__, pipelines.hub_id(model))
-            record = run_record(*names, base, self.family, negative=self.trains_negative)
+            name, negative = type(self).__name__, self.trains_negative
+            record = run_record(name, pipelines.hub_id(model), base, self.family, negative=negative)
             self.checkpointer = Checkpointer(pipeline, self.family, Path(cast(str, args.output_dir)), record)
             self.checkpointer.check_output_dir()
             model_setup.check_trainable(base, self.family, peft_config, wrapper, args)
             self.check_step(peft_config)
-            size, seed = as_resolution(args.resolution), cast(int, args.data_seed)
-            options = EncodingOptions(size, args.num_frames, args.crop, args.random_flip, seed)
-            where: dict[str, Any] = {"cache_folder": args.cache_folder(), "batch_size": args.encode_batch_size}
-            self.encoder = DatasetEncoder(pipeline, self.family, self.layout, options, **where)
-            # The first process fills the cache, the others read it.
-            with args.main_process_first():
-                train_dataset, eval_dataset = self.encoder.encode_all(train_dataset, eval_dataset, args.device)
+            given = (train_dataset, eval_dataset)
+            self.encoder = loaders.encoder_for(pipeline, self.family, self.layout, args, given, self.several_sizes)
+            train_dataset, eval_dataset = self.encoder.encode_all(train_dataset, eval_dataset, args.device)
             if not self.encoder.streams:
                 # Also those of a pipeline that was passed on an accelerator: training does not need them.
                 self.encoder.move_encoders(torch.device("cpu"))
             if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
-                tokens = self.family.image_tokens(self.encoder.latent_shape)
-                self.noise_process = args.noise_process(pipeline.scheduler, tokens)
+                self.noise_process = loaders.sized_process(args, pipeline.scheduler, self.family, self.encoder)
             # Only now are its parts changed, when all that can be wrong has been checked.
             denoiser = model_setup.make_trainable(base, pipeline, self.family, peft_config, wrapper, args)
         super().__init__(
@@ -134,9 +131,14 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if isinstance(train_dataset, EncodedStream):
+            self.checkpointer.parts["stream"] = train_dataset
+        else:
+            self.add_callback(SetEpoch(train_dataset))
+            self.checkpointer.record["rows left out"] = train_dataset.left_out
         self.modes = Modes(args, self.encoder)
         self.denoise = Denoiser(self.family, self.accelerator, sharded=self.shards_weights)
-        self._evaluated: str | None = "eval "  # the data set that an evaluation runs on, see `Mode.dataset`
+        self._evaluated: str | None = "eval "  # see `Mode.dataset`
         self.monitor = StepMonitor(args, self.accelerator, self.checkpointer, self._save_now, self.noise_process)
         self.add_callback(self.monitor)
         depends_on = {"negative": self.trains_negative, "prompts": self.encoder.prompts.encoded_with}
@@ -180,17 +182,31 @@ class DiffusionTrainer(_BaseTrainer):
         held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws)
         record = held_out.record(model_setup.starting_fingerprint(self.model, self.checkpointer.record))
         for name, dataset in named_datasets(self.eval_dataset):
-            if isinstance(dataset, Dataset) and not self.shards_weights:
+            if isinstance(dataset, EncodedDataset) and not self.shards_weights:
                 held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(
                     dataset, lambda batch: held_out.elbos(self.denoise.of(self.model), batch), record
                 )
         return held_out
 
-    def _batches_in_order(self, dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-        """Every row of an encoded data set once, whatever training does with a last batch that is not full."""
-        with self.args.changed(dataloader_drop_last=False):
-            loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)  # type: ignore[arg-type]
+    def _batches_in_order(self, dataset: EncodedDataset, batch_size: int) -> Iterator[Batch]:
+        """Every row of an encoded data set, whatever training does with a last batch that is not full."""
+        loader = loaders.evaluation_loader(dataset, self.args, self.data_collator, batch_size)
+        if loader is None:
+            with self.args.changed(dataloader_drop_last=False):
+                loader = self._get_dataloader(dataset, "Precomputation", batch_size, SequentialSampler)  # type: ignore[arg-type]
         return map(self._prepare_inputs, loader)
+
+    def get_train_dataloader(self) -> Any:
+        """The inherited loader knows neither buckets nor how a stream is shared and resumed."""
+        own = loaders.training_loader(self.train_dataset, self.args, self.data_collator)
+        return own or super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The same for evaluation."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # type: ignore[index]
+        own = loaders.evaluation_loader(dataset, self.args, self.data_collator, self.args.eval_batch_size)
+        return own or super().get_eval_dataloader(eval_dataset)
 
     @property
     def shards_weights(self) -> bool:
@@ -275,22 +291,16 @@ class DiffusionTrainer(_BaseTrainer):
         """
         model_setup.check_can_evaluate(self.accelerator, trained=self.optimizer is not None)
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            # The loop calls this again for each of several data sets, which are encoded by then.
-            given = dict(labelled_datasets(eval_dataset))
-            self.args.check_streams(given.values())
-            for label, dataset in given.items():
-                check_columns(dataset, label, self.layout, encoded=self.encoder.is_encoded)
-            with self.args.main_process_first():
-                _, eval_dataset = self.encoder.encode_all(None, eval_dataset, self.args.device)
+            eval_dataset = loaders.encoded_for_evaluation(eval_dataset, self.encoder, self.args)
         self._evaluated = f"eval {eval_dataset or ''}" if isinstance(eval_dataset, str | None) else None
+        # All of a batch, padding included; `_mean_metrics` takes each row once. The loop resets it afterwards.
+        self.gather_function = self.accelerator.gather
         # The loaders draw from the global generators, which would shift dropout masks in the training that follows.
         with restored_generators(self.args.device):
             return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def prediction_step(
-        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """Per-sample values as "predictions", so that the loop gathers them and drops the padding of the last batch.
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """Per-sample values as "predictions", and rows as "labels", which the loop gathers.
 
         The inherited step finds no labels and would return no loss at all.
         """
@@ -300,12 +310,13 @@ class DiffusionTrainer(_BaseTrainer):
             if self.held_out is not None:
                 values |= self.held_out.values(self.denoise.of(model), batch, self._evaluated)
         self._evaluated_names = [name for name in values if name not in UNLOGGED]
-        return None, torch.stack([values[name].float() for name in self._evaluated_names], dim=1), batch.rows
+        table = torch.stack([values[name].float() for name in self._evaluated_names], dim=1)
+        return None, *padded((table, batch.rows), self.args.eval_batch_size)
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        values, names = joined(prediction.predictions), self._evaluated_names
-        means = dict(zip(names, values.astype(np.float64).mean(axis=0).tolist(), strict=True))
-        return means | HeldOutPreferences.interval(names, values, joined(prediction.label_ids))
+        rows, values = each_row_once(prediction.label_ids, prediction.predictions)
+        means = zip(self._evaluated_names, values.astype(np.float64).mean(axis=0).tolist(), strict=True)
+        return {**dict(means), **HeldOutPreferences.interval(self._evaluated_names, values, rows)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
@@ -318,9 +329,7 @@ class DiffusionTrainer(_BaseTrainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if bad := non_finite_weights(self.model):
-            finding = f"the weights of {bad[0]} are not finite, so no checkpoint was written"
-            raise non_finite_error(self.state.global_step, finding, self.checkpointer.output_dir)
+        self.monitor.check_weights(self.model, self.state.global_step)
         # Before the weights: sharded weights (FSDP) are not written by `_save`, and what makes it count comes last.
         folder = Path(self._get_output_dir(trial)) / self.checkpointer.folder(self.state.global_step).name
         self.checkpointer.write_parts(folder, self.args.process_index, should_save=self.args.should_save)
@@ -336,8 +345,9 @@ class DiffusionTrainer(_BaseTrainer):
         folder = Path(output_dir or self.checkpointer.output_dir)
         self.checkpointer.write_weights(self._unwrapped, folder, state_dict, self.args)
         # Last, because PEFT writes a card of its own.
-        name = _short_name(self.args.output_dir if self.checkpointer.writing else folder)
-        self.create_model_card(name, folder=folder)
+        self.create_model_card(
+            (self.checkpointer.output_dir if self.checkpointer.writing else folder).name, folder=folder
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads diffusers' file names, which the inherited method does not find."""
@@ -357,11 +367,10 @@ class DiffusionTrainer(_BaseTrainer):
         """The inherited method copies files by names that a diffusers checkpoint lacks, and so pushes no weights."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
+        if self.push_in_progress and not (self.push_in_progress.is_done() or self.args.hub_always_push):
             return
         self.checkpointer.copy_to_output(Path(checkpoint_folder), lora=isinstance(self._unwrapped, PeftModel))
-        self.create_model_card(model_name=_short_name(self.args.hub_model_id or self.args.output_dir))
+        self.create_model_card(model_name=pipelines.short_name(self.args.hub_model_id or self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(  # type: ignore[override]  # TRL's arguments
@@ -374,7 +383,6 @@ class DiffusionTrainer(_BaseTrainer):
         """Writes `README.md`: what was trained, with which options, how to sample from it."""
         if not self.is_world_process_zero():
             return
-        model, more_tags = self._unwrapped, [tags] if isinstance(tags, str) else list(tags or [])
         write_model_card(
             folder or self.checkpointer.output_dir,
             method=self._name,
@@ -382,16 +390,11 @@ class DiffusionTrainer(_BaseTrainer):
             pipeline=self.pipeline,
             family=self.family,
             record=self.checkpointer.record,
-            lora=lora_config(model) if isinstance(model, PeftModel) else None,
+            lora=lora_config(self._unwrapped) if isinstance(self._unwrapped, PeftModel) else None,
             args=self.args,
             options=card_options(self.args, DiffusionPreferenceConfig, self.sample_name, self.state.global_step),
             model_name=model_name,
             repo_id=self.hub_model_id,
             dataset_name=dataset_name,
-            tags=[*self._tag_names, *more_tags],
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
         )
-
-
-def _short_name(model: Any) -> str:
-    """Of a folder, a Hub id or a loaded pipeline."""
-    return Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__

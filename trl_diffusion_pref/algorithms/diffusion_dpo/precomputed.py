@@ -7,10 +7,9 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 
-from ...data import Batch, Mode
+from ...data import Batch, EncodedDataset, Mode
 from ...diffusion.randomness import EVALUATION, REFERENCE, generator_for
 from ...training.row_cache import RowCache
 from .config import DiffusionDPOConfig
@@ -39,7 +38,7 @@ class PrecomputedErrors:
         self.shared_record = record | {"seed": args.seed, "latent_sampling": args.latent_sampling}
         self.tables: dict[str, Tensor] = {}
 
-    def compute(self, name: str, dataset: Dataset, mode: Mode) -> None:
+    def compute(self, name: str, dataset: EncodedDataset, mode: Mode) -> None:
         """Computes a data set's table, or loads it.
 
         Args:

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
@@ -152,7 +153,7 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             "resolution": list(self.encoder.preparation.shape),
         }
         errors = PrecomputedErrors(self.args, self._reference_errors, self.row_cache, record)
-        none = self.train_dataset["row"][:0]
+        none = torch.empty(0, dtype=torch.int64)
         errors.compute("train", self.train_dataset, self.modes.training(none, 0))
         for name, dataset in named_datasets(self.eval_dataset):
             errors.compute(f"eval {name}", dataset, self.modes.evaluation(none, None))

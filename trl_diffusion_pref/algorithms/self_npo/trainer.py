@@ -77,6 +77,8 @@ class SelfNPOTrainer(DiffusionTrainer):
     args: SelfNPOConfig
     config_class = SelfNPOConfig
     trains_negative = True
+    # The pool keeps trajectories of one shape.
+    several_sizes = False
     sample_name = "trajectories"
     _tag_names = ["trl", "trl-diffusion-pref", "self-npo"]
     _name = "Self-NPO"
@@ -183,9 +185,7 @@ class SelfNPOTrainer(DiffusionTrainer):
         self, batch: Batch, draws: _Draws, times: Tensor, *, sample_posterior: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Noised samples at random places of the grid, and how far each advances."""
-        latents = batch.posterior.mean[0].float()
-        if sample_posterior:
-            latents = latents + batch.posterior.std[0].float() * draws.posterior_noise
+        latents = batch.posterior.at(draws.posterior_noise[None] if sample_posterior else None)[0]
         position = 1 + (draws.start * self.args.solver_steps).long()
         x = self.noise_process.corrupt(latents, draws.start_noise, times[position])
         return x, position, torch.full_like(position, self.args.truncated_steps)

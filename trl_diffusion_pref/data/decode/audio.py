@@ -39,40 +39,45 @@ def decode_audio(cell: object) -> Waveform:
     """
     cell = read_cell(cell)
     if cell is None:
-        raise CellProblem("the audio is None")
+        raise CellProblem("the audio is None", "empty cell")
     if isinstance(cell, bytes):
         waveform = _from_file(cell)
     elif not isinstance(cell, Mapping):
         raise CellProblem(
-            f"a cell of type {type(cell).__name__} is not audio; pass a file, or an array with its sampling_rate"
+            f"a cell of type {type(cell).__name__} is not audio; pass a file, or an array with its sampling_rate",
+            "wrong type",
         )
     elif cell.get("array") is None:
-        raise CellProblem("the audio has neither an array, nor bytes, nor a path")
+        raise CellProblem("the audio has neither an array, nor bytes, nor a path", "empty cell")
     else:
         waveform = _from_array(cell["array"], cell.get("sampling_rate"))
     if not waveform.samples.numel():
-        raise CellProblem("the audio has no samples")
+        raise CellProblem("the audio has no samples", "empty cell")
     if not bool(waveform.samples.isfinite().all()):
-        raise CellProblem("the audio has NaN or infinite samples")
+        raise CellProblem("the audio has NaN or infinite samples", "damaged")
     return waveform
 
 
 def _from_array(array: object, rate: object) -> Waveform:
     if not isinstance(rate, (int, np.integer)) or rate < 1:
-        raise CellProblem(f"sampling_rate={rate!r} beside the array; it must be samples per second, an integer")
+        message = f"sampling_rate={rate!r} beside the array; it must be samples per second, an integer"
+        raise CellProblem(message, "wrong format")
     samples = np.asarray(array)
     if samples.ndim not in (1, 2) or not np.issubdtype(samples.dtype, np.floating):
         raise CellProblem(
             f"an array of {samples.dtype} with shape {samples.shape}; pass floats in [-1, 1], (samples,) or "
-            "(channels, samples)"
+            "(channels, samples)",
+            "wrong format",
         )
     samples = np.atleast_2d(samples)
     peak = float(np.abs(samples).max(initial=0.0))
     # Loud audio may exceed 1 a little; samples far above it have another full scale.
     if peak > _MAX_PEAK:
-        raise CellProblem(f"an array with samples up to {peak:g}; divide by its full scale, to be in [-1, 1]")
+        message = f"an array with samples up to {peak:g}; divide by its full scale, to be in [-1, 1]"
+        raise CellProblem(message, "wrong format")
     if samples.shape[0] > samples.shape[1] > 0:
-        raise CellProblem(f"an array with shape {samples.shape}; channels come first: (channels, samples)")
+        message = f"an array with shape {samples.shape}; channels come first: (channels, samples)"
+        raise CellProblem(message, "wrong format")
     return Waveform(torch.from_numpy(samples.astype(np.float32)), int(rate))
 
 
@@ -82,11 +87,11 @@ def _from_file(data: bytes) -> Waveform:
     # and leave the largest number, or one close to it, in the header; some forget to pad an odd size.
     stated = int.from_bytes(data[4:8], "little") + 8 if data.startswith(b"RIFF") else 0
     if len(data) + 1 < stated < 2**30:
-        raise CellProblem(f"the WAV file is cut off: it has {len(data)} of {stated} bytes")
+        raise CellProblem(f"the WAV file is cut off: it has {len(data)} of {stated} bytes", "damaged")
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except Exception as error:
-        raise CellProblem(f"the audio cannot be decoded ({error}); store it as WAV or FLAC") from error
+        raise CellProblem(f"the audio cannot be decoded ({error}); store it as WAV or FLAC", "damaged") from error
     return Waveform(torch.from_numpy(samples.T.copy()), rate)
 
 
@@ -117,7 +122,7 @@ def mix(samples: Tensor, channels: int) -> Tensor:
         return samples.mean(dim=0, keepdim=True)
     if found == 1:
         return samples.expand(channels, -1)
-    raise CellProblem(f"found audio of {found} channels, wanted {channels}; mix it")
+    raise CellProblem(f"found audio of {found} channels, wanted {channels}; mix it", "wrong format")
 
 
 def fit(samples: Tensor, length: int) -> Tensor:

@@ -31,8 +31,34 @@ _SIGNATURES: list[tuple[int, tuple[bytes, ...], Kind]] = [
 ]
 
 
+# Why a cell cannot be used, in the words of the counts that users see.
+ProblemKind = Literal[
+    "empty cell",
+    "missing file",
+    "unreadable file",
+    "wrong type",
+    "damaged",
+    "animation",
+    "too large",
+    "too small",
+    "too long and thin",
+    "wrong length",
+    "wrong format",
+    "missing package",
+]
+
+
 class CellProblem(Exception):
-    """A cell cannot be used; the message completes "row 3, column 'chosen': ..."."""
+    """A cell cannot be used; the message completes "row 3, column 'chosen': ...".
+
+    Args:
+        message: The reason.
+        kind: By which such cells are counted.
+    """
+
+    def __init__(self, message: str, kind: ProblemKind) -> None:
+        super().__init__(message)
+        self.kind: ProblemKind = kind
 
 
 def undecoded_feature(feature: Any) -> Any:
@@ -67,10 +93,11 @@ def read_cell(cell: object) -> object:
         with xopen(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise CellProblem(f"no file at {shown}") from error
+        raise CellProblem(f"no file at {shown}", "missing file") from error
     # Archives, URLs and file systems each raise their own exceptions; the reason is in the message.
     except Exception as error:
-        raise CellProblem(f"the file at {shown} cannot be read ({type(error).__name__}: {error})") from error
+        message = f"the file at {shown} cannot be read ({type(error).__name__}: {error})"
+        raise CellProblem(message, "unreadable file") from error
 
 
 def kind_of(cell: object) -> Kind | None:
@@ -102,7 +129,8 @@ def import_extra(package: str, extra: Literal["audio", "video"], purpose: str) -
         return importlib.import_module(package)
     # soundfile raises OSError if the C library is missing.
     except (ImportError, OSError) as error:
-        raise CellProblem(f"{purpose} needs {package}: pip install 'trl-diffusion-pref[{extra}]'") from error
+        message = f"{purpose} needs {package}: pip install 'trl-diffusion-pref[{extra}]'"
+        raise CellProblem(message, "missing package") from error
 
 
 def paths_outside(cells: pa.ChunkedArray) -> Iterator[str]:

@@ -25,12 +25,13 @@ def decode_image(cell: object) -> Image.Image:
     """
     cell = read_cell(cell)
     if cell is None:
-        raise CellProblem("the image is None")
+        raise CellProblem("the image is None", "empty cell")
     if isinstance(cell, Mapping):
-        raise CellProblem("the image has neither bytes nor a path")
+        raise CellProblem("the image has neither bytes nor a path", "empty cell")
     image = open_image(cell) if isinstance(cell, bytes) else cell
     if not isinstance(image, Image.Image):
-        raise CellProblem(f"a cell of type {type(cell).__name__} is not an image; pass a PIL image, a path or bytes")
+        message = f"a cell of type {type(cell).__name__} is not an image; pass a PIL image, a path or bytes"
+        raise CellProblem(message, "wrong type")
     try:
         frames = count_frames(image)
         if frames == 1:
@@ -38,8 +39,8 @@ def decode_image(cell: object) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise nearly any exception for damaged files; the caller handles all of them alike.
     except Exception as error:
-        raise CellProblem(f"the image cannot be decoded ({error})") from error
-    raise CellProblem(f"found an animation of {frames} frames; choose one of them")
+        raise CellProblem(f"the image cannot be decoded ({error})", "damaged") from error
+    raise CellProblem(f"found an animation of {frames} frames; choose one of them", "animation")
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -52,15 +53,16 @@ def open_image(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise CellProblem(
-            f"{error} Store it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+            f"{error} Store it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file", "too large"
         ) from error
     except Exception as error:
         if data[4:8] == b"ftyp" and kind_of(data) == "image":
             raise CellProblem(
                 "Pillow cannot decode HEIC or AVIF here; store the image as PNG or JPEG, or install pillow-heif and "
-                "call pillow_heif.register_heif_opener()"
+                "call pillow_heif.register_heif_opener()",
+                "wrong format",
             ) from error
-        raise CellProblem("the bytes are not an image that Pillow can identify") from error
+        raise CellProblem("the bytes are not an image that Pillow can identify", "damaged") from error
 
 
 def count_frames(image: Image.Image) -> int:

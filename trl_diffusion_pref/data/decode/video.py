@@ -31,7 +31,7 @@ def decode_video(cell: object, num_frames: int) -> list[Image.Image]:
     """
     cell = read_cell(cell)
     if cell is None:
-        raise CellProblem("the video is None")
+        raise CellProblem("the video is None", "empty cell")
     if isinstance(cell, (list, tuple)):
         # Another number of frames is an error below, so nothing is decoded for it.
         frames, count = _from_list(cell) if len(cell) == num_frames else [], len(cell)
@@ -40,15 +40,18 @@ def decode_video(cell: object, num_frames: int) -> list[Image.Image]:
         frames, count = _from_animation(cell, num_frames) if is_animation else _from_video(cell, num_frames)
     else:
         found = "single image" if isinstance(cell, Image.Image) else f"cell of type {type(cell).__name__}"
-        raise CellProblem(f"found a {found}; pass a list of frames, an animation or a video file")
+        message = f"found a {found}; pass a list of frames, an animation or a video file"
+        raise CellProblem(message, "wrong type")
     if count != num_frames:
         raise CellProblem(
             f"found {count} frame{'s' * (count != 1)}, wanted {num_frames}. Pass videos of {num_frames} frames, or "
-            "set num_frames"
+            "set num_frames",
+            "wrong length",
         )
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
-        raise CellProblem(f"its frames have several sizes ({', '.join(f'{w}x{h}' for w, h in sizes)} pixels)")
+        listed = ", ".join(f"{width}x{height}" for width, height in sizes)
+        raise CellProblem(f"its frames have several sizes ({listed} pixels)", "wrong format")
     return frames
 
 
@@ -58,7 +61,7 @@ def _from_list(cells: list | tuple) -> list[Image.Image]:
         try:
             frames.append(decode_image(cell))
         except CellProblem as problem:
-            raise CellProblem(f"frame {number}: {problem}") from problem
+            raise CellProblem(f"frame {number}: {problem}", problem.kind) from problem
     return frames
 
 
@@ -70,9 +73,10 @@ def _from_animation(data: bytes, num_frames: int) -> tuple[list[Image.Image], in
         frames = [frame.copy() for frame in ImageSequence.Iterator(image)] if count == num_frames else []
     # Pillow's decoders raise nearly any exception for damaged files.
     except Exception as error:
-        raise CellProblem(f"the animation cannot be decoded ({error})") from error
+        raise CellProblem(f"the animation cannot be decoded ({error})", "damaged") from error
     if count == 1:
-        raise CellProblem("found a single image; pass a list of frames, an animation or a video file")
+        message = "found a single image; pass a list of frames, an animation or a video file"
+        raise CellProblem(message, "wrong type")
     return _from_list(frames), count
 
 
@@ -91,7 +95,7 @@ def _from_video(data: bytes, num_frames: int) -> tuple[list[Image.Image], int]:
         raise
     # FFmpeg's decoders raise many exceptions for damaged files.
     except Exception as error:
-        raise CellProblem(f"the video cannot be decoded ({error})") from error
+        raise CellProblem(f"the video cannot be decoded ({error})", "damaged") from error
     return frames, count
 
 
@@ -104,11 +108,13 @@ def _as_shown(frame: "VideoFrame") -> Image.Image:
     # Nine numbers (a, b, u, c, d, v, x, y, w); PyAV's rotation ignores reflections.
     a, b, _, c, d = np.frombuffer(bytes(matrix), dtype=np.int32)[:5].astype(np.float64)
     if a * d < b * c:
-        raise CellProblem("the video is mirrored by its display matrix; encode it again with its pixels mirrored")
+        message = "the video is mirrored by its display matrix; encode it again with its pixels mirrored"
+        raise CellProblem(message, "wrong format")
     angle = 90 * round(frame.rotation / 90)
     # PyAV truncates the angle to whole degrees.
     if abs(frame.rotation - angle) > 1:
         raise CellProblem(
-            f"the video is shown rotated by {frame.rotation} degrees; encode it again with its pixels rotated"
+            f"the video is shown rotated by {frame.rotation} degrees; encode it again with its pixels rotated",
+            "wrong format",
         )
     return frame.to_image().rotate(angle, expand=True)

@@ -35,6 +35,10 @@ class NoiseProcess(ABC):
 
     num_train_timesteps: int
 
+    def sized(self, latent_shape: tuple[int, ...]) -> "NoiseProcess":
+        """The process for samples whose latents have this shape; another one where times depend on the size."""
+        return self
+
     def describe(self, *, training_times: bool = False) -> str:
         """What tells this process from others: its kind, prediction and schedule.
 

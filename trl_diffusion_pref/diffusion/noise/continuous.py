@@ -1,5 +1,7 @@
 """Processes with continuous times in [0, 1]."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class RectifiedFlow(ContinuousTimes):
             then nothing can be drawn and there is no grid, but estimates of the ELBO need neither.
         shift_terminal: In [0, 1), the grid's last time before the end, to which it is stretched after the shift;
             training times then lie in [shift_terminal, 1], as those of a grid of ever more steps.
+        by_size: Processes for other sizes, by the latents' shape.
 
     Raises:
         ValueError: Unknown sampling, or a value outside its range.
@@ -58,6 +61,7 @@ class RectifiedFlow(ContinuousTimes):
         timestep_sampling: str = "logit_normal",
         shift: float | None = 1.0,
         shift_terminal: float = 0.0,
+        by_size: "Mapping[tuple[int, ...], RectifiedFlow] | None" = None,
     ) -> None:
         super().__init__(num_train_timesteps)
         if timestep_sampling not in TIMESTEP_SAMPLINGS:
@@ -69,6 +73,10 @@ class RectifiedFlow(ContinuousTimes):
         self.timestep_sampling = timestep_sampling
         self.shift = shift
         self.shift_terminal = shift_terminal
+        self.by_size = dict(by_size or {})
+
+    def sized(self, latent_shape: tuple[int, ...]) -> NoiseProcess:
+        return self.by_size.get(tuple(latent_shape), self)
 
     def describe(self, *, training_times: bool = False) -> str:
         described = super().describe()

@@ -1,0 +1,251 @@
+"""Samples of stored data sets to shards: what is there already, what has to be encoded, and by which process."""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from ..fingerprint import weights_fingerprint
+from .bad_rows import RowProblem
+from .buckets import assign, bucket_sizes
+from .cache import Part, encode_missing, rows_per_shard, stored_bytes
+from .content import batches, contents_of
+from .encoding import PreparedRow, RowEncoder
+from .image_shapes import report_cropping, shape_problems
+from .layouts import Layout
+from .options import EncodingOptions
+from .preparation import ImagePreparation, Preparation
+from .shards import ShardedTensors, as_keys, key_of
+
+
+logger = logging.getLogger(__name__)
+
+# Part of the cache's key: raise it when encoded values change for the same inputs.
+_ENCODING_VERSION = 6
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """The samples of a data set.
+
+    Args:
+        shards: Where they are.
+        keys: `(N,)`, by which each row is found there.
+        buckets: `(N,)`, which size each row has.
+        problems: Rows that cannot be used, and are not there.
+    """
+
+    shards: ShardedTensors
+    keys: np.ndarray
+    buckets: np.ndarray
+    problems: list[RowProblem]
+
+
+class SampleEncoder:
+    """Encodes the samples of stored data sets.
+
+    Args:
+        preparation: Of the size that `options.resolution` asks for.
+        layout: The columns.
+        cache_folder: Has one folder of shards for each way of encoding.
+        batch_size: Rows that the VAE takes at once.
+
+    Attributes:
+        sizes: Heights and widths of the buckets; empty without.
+
+    Raises:
+        ValueError: Buckets for samples that have none.
+    """
+
+    def __init__(
+        self,
+        preparation: Preparation,
+        layout: Layout,
+        options: EncodingOptions,
+        cache_folder: Path,
+        batch_size: int,
+    ) -> None:
+        self.preparation, self.layout, self.options = preparation, layout, options
+        self.pipeline, self.family = preparation.pipeline, preparation.family
+        self.cache_folder, self.batch_size = cache_folder, batch_size
+        self.sizes = self._bucket_sizes() if options.buckets.enabled else []
+        self._encoders: dict[int, RowEncoder] = {}
+
+    def _bucket_sizes(self) -> list[tuple[int, int]]:
+        if not isinstance(self.preparation, ImagePreparation):
+            raise ValueError(
+                f"aspect_ratio_buckets are for images, and {type(self.pipeline).__name__} generates "
+                f"{self.preparation.noun}s. Leave it out."
+            )
+        height, width = self.preparation.size
+        if height != width:
+            raise ValueError(
+                f"aspect_ratio_buckets takes the side of a square as resolution, not {height}x{width}: the sizes of "
+                "the buckets follow from it."
+            )
+        return bucket_sizes(height, self.family.size_step(self.pipeline))
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample, found by encoding one: `(C, h, w)`, of a video `(C, f, h, w)`; with buckets the square's."""
+        mean, _ = self.family.encode_samples(self.pipeline, torch.zeros(1, *self.preparation.shape))
+        return tuple(mean.shape[1:])
+
+    def record(self) -> dict[str, Any]:
+        """What decides the values, the rows aside, by name; strings, numbers and lists."""
+        options, vae = self.options, self.pipeline.vae
+        # What the options leave to the pipeline is in its config, not in its weights. The sizes of buckets are part of
+        # each row's key.
+        shape = [3, "buckets"] if self.sizes else list(self.preparation.shape)
+        return {
+            "encoding version": _ENCODING_VERSION,
+            "pipeline": self.family.pipeline_class,
+            "vae": weights_fingerprint(vae),
+            "dtype": str(options.stored_dtype(vae.dtype)).removeprefix("torch."),
+            "standard deviation": options.keep_std,
+            "crop": options.crop,
+            "random flip": options.random_flip,
+            "prepared as": [self.family.modality, *shape, *self.preparation.key],
+            "samples": [*self.layout.samples, self.layout.samples_per_cell or 1],
+            "conditions": list(self.layout.conditions),
+        }
+
+    def bytes_per_row(self) -> int:
+        """Bytes that one row takes on disk."""
+        count = (1 + self.options.keep_std) * self.layout.num_samples + len(self.layout.conditions)
+        shapes = {str(index): self.latent_shape for index in range(count)}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
+        return stored_bytes(shapes, self.options.stored_dtype(self.pipeline.vae.dtype))
+
+    def encode(self, undecoded: Dataset, label: str, bad: Sequence[int]) -> EncodedSamples:
+        """Encodes the rows that are not in the cache, with all processes.
+
+        With `on_bad_row="raise"` nothing more is encoded once there is a row that cannot be used; the other rows are
+        decoded, so that one run names all of them.
+
+        Args:
+            undecoded: Samples as bytes or paths.
+            label: How messages call the data set.
+            bad: Rows that cannot be used for another reason.
+        """
+        is_image, count = isinstance(self.preparation, ImagePreparation), len(undecoded)
+        wanted: Literal["none", "local", "all"] = "all" if self.sizes else "local" if is_image else "none"
+        contents = contents_of(undecoded, self.layout, label, self.cache_folder, sizes=wanted)
+        problems = list(contents.problems)
+        if is_image:
+            several = self.options.buckets if self.sizes else None
+            problems += shape_problems(contents.sizes, self.layout, self.options.bad_rows, several)
+        good = np.setdiff1d(np.arange(count), [*bad, *(problem.row for problem in problems)])
+        buckets = np.zeros(count, dtype=np.int16)
+        if self.sizes:
+            of_samples = contents.sizes[:, : self.layout.num_samples]
+            known = good[(of_samples[good] > 0).all(axis=(1, 2))]
+            buckets[known] = assign(of_samples[known], self.sizes)
+        if isinstance(self.preparation, ImagePreparation):
+            shown = self.sizes or [self.preparation.size]
+            report_cropping(contents.sizes[good], buckets[good], shown, label)
+        keys = self._row_keys(contents.keys, buckets)
+        shards = ShardedTensors(self.cache_folder / f"samples-{key_of(self.record()).hex()}")
+        stop = self.options.bad_rows.on_bad_row == "raise"
+        if stop and len(good) < count:
+            found = self._problems_of(undecoded, good[shards.locate(keys[good])[:, 0] < 0], buckets)
+        else:
+            bytes_per_row = self.bytes_per_row()
+            size = rows_per_shard(bytes_per_row, self.batch_size)
+            share = _ShardEncoder(self, undecoded, buckets, stop=stop)
+            options: dict[str, Any] = {"label": label, "bytes_per_row": bytes_per_row}
+            found = encode_missing(
+                shards, keys, good, lambda rows: _one_bucket_each(rows, buckets, size), share.encode, **options
+            )
+        problems += found
+        places = shards.locate(keys[good])
+        for note in shards.notes(places[places[:, 0] >= 0]).values():
+            logger.warning("%s: %s", label, note)
+        return EncodedSamples(shards, keys, buckets, problems)
+
+    def _row_keys(self, contents: np.ndarray, buckets: np.ndarray) -> np.ndarray:
+        """Of each row: its content, its size with buckets, and its draws where there are any."""
+        if not (self.sizes or self.options.draws):
+            return contents
+        sizes = [self.sizes[bucket] if self.sizes else () for bucket in buckets.tolist()]
+        draws = [[self.options.seed, row] if self.options.draws else [] for row in range(len(contents))]
+        return as_keys(key_of(content.tobytes(), *rest) for content, *rest in zip(contents, sizes, draws, strict=True))
+
+    def row_encoder(self, bucket: int) -> RowEncoder:
+        """Encodes rows of one size."""
+        if bucket not in self._encoders:
+            preparation = self.preparation.at(self.sizes[bucket]) if self.sizes else self.preparation
+            self._encoders[bucket] = RowEncoder(preparation, self.layout, self.options)
+        return self._encoders[bucket]
+
+    def _problems_of(self, undecoded: Dataset, rows: np.ndarray, buckets: np.ndarray) -> list[RowProblem]:
+        """Decodes rows, all processes their share, and returns what all found."""
+        state = PartialState()
+        share = _ShardEncoder(self, undecoded, buckets, stop=True)
+        share.stopped = True
+        parts = _one_bucket_each(rows[state.process_index :: state.num_processes], buckets, len(undecoded))
+        return gather_object([problem for part in parts for problem in share.encode(part).problems])
+
+
+def _one_bucket_each(rows: np.ndarray, buckets: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows divided into parts of one bucket and at most `size` rows each."""
+    parts = []
+    for bucket in np.unique(buckets[rows]):
+        members = rows[buckets[rows] == bucket]
+        parts += [members[start : start + size] for start in range(0, len(members), size)]
+    return parts
+
+
+class _ShardEncoder:
+    """Encodes the rows of one shard after the other; a batch is decoded while the one before is encoded.
+
+    Args:
+        stop: Whether rows are only decoded once there was one that cannot be used.
+    """
+
+    def __init__(self, encoder: SampleEncoder, undecoded: Dataset, buckets: np.ndarray, *, stop: bool) -> None:
+        self.encoder, self.undecoded, self.buckets, self.stop = encoder, undecoded, buckets, stop
+        self.stopped = False
+
+    def encode(self, rows: np.ndarray) -> Part:
+        """The part of one shard, whose rows have one size."""
+        row_encoder, part = self.encoder.row_encoder(int(self.buckets[rows[0]])), Part(rows[:0], [])
+        read = batches(self.undecoded, self.encoder.layout.media, rows.tolist(), self.encoder.batch_size)
+        encoded: list[int] = []
+        with ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as ahead:
+
+            def prepare() -> list[PreparedRow]:
+                cells, numbers = next(read, ([], []))
+                return row_encoder.prepare(pool, numbers, cells)
+
+            upcoming = ahead.submit(prepare)
+            while prepared := upcoming.result():
+                upcoming = ahead.submit(prepare)
+                problems = [problem for row in prepared for problem in row.problems]
+                good = [row for row in prepared if not row.problems]
+                self.stopped |= self.stop and bool(problems)
+                if good and not self.stopped:
+                    tensors, unusable = row_encoder.encode(good)
+                    self.stopped |= self.stop and bool(unusable)
+                    problems += unusable
+                    wrong = {problem.row for problem in unusable}
+                    for row, values in zip(good, tensors, strict=True):
+                        if row.row not in wrong:
+                            encoded.append(row.row)
+                            part.tensors.append(values)
+                            part.notes = row.notes | part.notes
+                part.problems += problems
+        if self.stopped:
+            # A shard is written with all of its rows or not at all.
+            return Part(rows[:0], [], problems=part.problems)
+        part.rows = np.asarray(encoded, dtype=np.int64)
+        return part
