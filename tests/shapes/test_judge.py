@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_diffusion_pref.shapes import COLOURS, SHAPES, STYLES, Scene, draw, judge, summarize
+from trl_diffusion_pref.shapes import COLOURS, SHAPES, STYLES, Scene, draw, judge, shapes_reward, summarize
 
 
 def test_every_kind_of_drawing_is_recognised():
@@ -55,7 +55,31 @@ def test_summary_counts_each_share_by_itself():
     assert summarize(images[:3], ["a red circle"] * 3, "filled").preferred == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(("style", "in_style"), [("outlined", True), ("filled", False)])
+def test_an_outline_may_be_as_unclean_as_the_base_s_own(style, in_style):
+    noise = np.random.default_rng(0).choice([-18, 18], size=(32, 32, 3))
+    # Away from black and white, so that nothing is clipped.
+    drawn = np.asarray(draw(Scene("circle", "red", style, 9, 16, 16))).astype(int).clip(18, 237)
+    (verdict,) = judge([Image.fromarray((drawn + noise).astype(np.uint8))])
+    assert verdict.style == style and 0.08 < verdict.distance < 0.12
+    assert not verdict.clean
+    assert verdict.clean_in_style == in_style
+
+
 def test_other_sizes_are_refused():
     with pytest.raises(ValueError, match="image 1 has 64x32"):
         judge([Image.new("RGB", (32, 32)), Image.new("RGB", (64, 32))])
     assert judge([]) == []
+
+
+def test_reward_counts_what_is_right_and_prefers_the_cleaner_image():
+    right = draw(Scene("circle", "red", "outlined", 9, 16, 16))
+    pixels = np.asarray(right).copy()
+    pixels[0, 0] = 0
+    touched = Image.fromarray(pixels)
+    filled_square = draw(Scene("square", "red", "filled", 9, 16, 16))
+    scores = shapes_reward(["a red circle"] * 3, [right, touched, filled_square])
+    assert scores == pytest.approx([3, 3 - np.sqrt(3 / (32 * 32 * 3)), 1], abs=5e-3) and scores[0] > scores[1]
+    assert shapes_reward(["a red square"], [filled_square], "filled") == pytest.approx([3], abs=5e-3)
+    with pytest.raises(ValueError):
+        shapes_reward(["a red circle"], [right, right])

@@ -9,6 +9,7 @@ from .judge import Summary, Verdict, judge, summarize
 from .pairs import preference_pairs
 from .pipeline import load_pipeline, pipeline_folder, sample, sample_base
 from .report import comparison_picture, comparison_table
+from .reward import shapes_reward
 
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "random_scene",
     "sample",
     "sample_base",
+    "shapes_reward",
     "summarize",
 ]

@@ -17,6 +17,8 @@ _LABEL = 14
 def comparison_table(sets: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], preferred_style: str) -> str:
     """A table with one line per set of images: shares of preferred style, right colour, right shape, and clean.
 
+    An image is clean here if it is as close to a drawing as nine of ten of the base's own images in its style.
+
     Args:
         sets: Images by the name of the model that generated them, one per prompt.
         prompts: The prompts, in the order of the images.
@@ -29,7 +31,7 @@ def comparison_table(sets: Mapping[str, Sequence[Image.Image]], prompts: Sequenc
 
 
 def _shares(summary: Summary) -> str:
-    values = (summary.preferred, summary.colour, summary.shape, summary.clean)
+    values = (summary.preferred, summary.colour, summary.shape, summary.clean_in_style)
     return " ".join(f"{value:{width}.0%}" for value, width in zip(values, (9, 8, 8, 8), strict=True))
 
 
