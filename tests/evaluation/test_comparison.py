@@ -11,7 +11,8 @@ from trl_diffusion_pref.evaluation.comparison import Comparison, distances_withi
 def comparison(base: np.ndarray, tuned: np.ndarray, prompts: list[str] | None = None, **more) -> Comparison:
     scores = {"base": {"score": base}, "tuned": {"score": tuned}}
     prompts = prompts or [f"prompt {index}" for index in range(len(base))]
-    return Comparison(["base", "tuned"], prompts, list(range(base.shape[1])), "image", scores, **more)
+    seeds = [list(range(base.shape[1]))] * len(base)
+    return Comparison(["base", "tuned"], prompts, seeds, "image", scores, **more)
 
 
 def test_a_model_against_itself_wins_exactly_half():

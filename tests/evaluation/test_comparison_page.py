@@ -41,7 +41,7 @@ def compared(modality: str = "image") -> Comparison:
     tuned = base + change
     tuned[5] = np.nan
     scores = {name: {"score": values, "other": values * 100} for name, values in (("base", base), ("tuned", tuned))}
-    return Comparison(["base", "tuned"], PROMPTS, [7], modality, scores, blank={"tuned": 1})
+    return Comparison(["base", "tuned"], PROMPTS, [[7]] * len(PROMPTS), modality, scores, blank={"tuned": 1})
 
 
 @pytest.fixture(scope="module")

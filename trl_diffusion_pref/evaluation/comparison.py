@@ -65,7 +65,7 @@ class Comparison:
     Args:
         models: Names; the first one is the base, with which the others are compared.
         prompts: P of them.
-        seeds: S of them, the same for every prompt and model.
+        seeds: `(P, S)`, S for each prompt, the same for every model.
         modality: "image", "video" or "audio".
         scores: By model, then by reward: `(P, S)` float64; NaN for samples that are left out.
         diversity: By model: mean distance of two samples of the prompt, `(P,)`; empty with one seed.
@@ -77,7 +77,7 @@ class Comparison:
 
     models: list[str]
     prompts: list[str]
-    seeds: list[int]
+    seeds: list[list[int]]
     modality: str
     scores: Mapping[str, Mapping[str, np.ndarray]]
     diversity: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -87,16 +87,27 @@ class Comparison:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape = (len(self.prompts), len(self.seeds))
+        shape = (len(self.prompts), self.samples_per_prompt)
         for model in self.models:
             for reward, values in self.scores[model].items():
                 if values.shape != shape:
                     raise ValueError(f"scores of {model!r} by {reward!r} have the shape {values.shape}, not {shape}.")
 
     @property
+    def samples_per_prompt(self) -> int:
+        """S."""
+        return len(self.seeds[0])
+
+    @property
     def base(self) -> str:
         """The model that the others are compared with."""
         return self.models[0]
+
+    @property
+    def size(self) -> str:
+        """How many prompts and seeds, in words."""
+        count = self.samples_per_prompt
+        return f"{len(self.prompts)} prompt{'s' * (len(self.prompts) > 1)}, {count} seed{'s' * (count > 1)} each"
 
     @property
     def rewards(self) -> list[str]:
@@ -192,8 +203,8 @@ class Comparison:
         table = self.rows()
         columns = list(table[0])
         lines = [
-            f"{len(self.prompts)} prompts, {len(self.seeds)} seed{'s' * (len(self.seeds) > 1)} each, the same for all "
-            "models. Means with 95 % bootstrap intervals over prompts; equal scores count as half a win.",
+            f"{self.size}, the same for all models. Means with 95 % bootstrap intervals over prompts; equal scores "
+            "count as half a win.",
             "",
             f"| {' | '.join(columns)} |",
             f"|{'---|' * len(columns)}",

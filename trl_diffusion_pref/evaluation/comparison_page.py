@@ -35,9 +35,8 @@ def comparison_page(comparison: Comparison, media: Mapping[str, Sequence[Sequenc
     found = comparison.as_dict()["models"]
     data: dict[str, Any] = {
         "title": title,
-        "about": f"{len(comparison.prompts)} prompts, {len(comparison.seeds)} seeds each, the same for all models. "
-        "Means with 95 % bootstrap intervals over prompts. A win is a higher score than "
-        f"{comparison.base}'s on the same prompt and seed; equal scores count half.",
+        "about": f"{comparison.size}, the same for all models. Means with 95 % bootstrap intervals over prompts. A "
+        f"win is a higher score than {comparison.base}'s on the same prompt and seed; equal scores count half.",
         "base": comparison.base,
         "models": comparison.models,
         "rewards": comparison.rewards,

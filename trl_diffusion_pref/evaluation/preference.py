@@ -1,10 +1,9 @@
 """Held-out preference accuracy of any pipeline, without a trainer."""
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.utils import send_to_device
@@ -12,9 +11,9 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..data import PAIRS, Batch, Collator, DatasetEncoder, EncodingOptions, as_resolution, check_columns, on_device
+from ..data import PAIRS, Batch, DatasetEncoder, EncodingOptions, as_resolution, check_columns, on_device
 from ..diffusion.noise import noise_process
-from ..families import Family, family_for
+from ..families import family_for
 from .held_out import bootstrap_interval, pair_elbos, wins
 
 
@@ -72,57 +71,109 @@ def preference_accuracy(
         ValueError: The data set is missing, empty, lacks columns or has unusable rows; the pipeline lacks a part.
         TypeError: Unsupported pipeline, or a reference of another class.
     """
-    check_columns(dataset, "dataset")
-    family = family_for(pipeline)
-    family.check_complete(pipeline)
-    if reference is not None and family_for(reference) is not family:
-        raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
-    options = EncodingOptions(resolution=as_resolution(resolution), num_frames=num_frames)
-    settings = {"seed": seed, "draws": draws, "sampling": sampling, "weighting": weighting, "shared": shared}
-    with tempfile.TemporaryDirectory() as temporary:
+    with HeldOutPairs(
+        pipeline,
+        dataset,
+        draws=draws,
+        sampling=sampling,
+        weighting=weighting,
+        shared=shared,
+        seed=seed,
+        batch_size=batch_size,
+        resolution=resolution,
+        num_frames=num_frames,
+        cache_folder=cache_folder,
+    ) as pairs:
+        if reference is not None and family_for(reference) is not pairs.family:
+            raise TypeError(f"reference is a {type(reference).__name__}, the pipeline a {type(pipeline).__name__}.")
+        return pairs.accuracy(pairs.elbos(pipeline), None if reference is None else pairs.elbos(reference))
+
+
+class HeldOutPairs:
+    """Held-out pairs, encoded once, on which the preferences of several models are measured.
+
+    A context manager; arguments and errors are those of [`preference_accuracy`].
+
+    Args:
+        pipeline: Its VAE and text encoders, which all models share, encode the pairs.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        dataset: Dataset,
+        *,
+        draws: int = 8,
+        sampling: str = "stratified",
+        weighting: str = "simple",
+        shared: bool = True,
+        seed: int = 0,
+        batch_size: int = 8,
+        resolution: int | str | tuple[int, int] | None = None,
+        num_frames: int | None = None,
+        cache_folder: str | Path | None = None,
+    ) -> None:
+        check_columns(dataset, "dataset")
+        self.family, self.batch_size = family_for(pipeline), batch_size
+        self.family.check_complete(pipeline)
+        options = EncodingOptions(resolution=as_resolution(resolution), num_frames=num_frames)
+        self._settings: dict[str, Any] = {
+            "seed": seed,
+            "draws": draws,
+            "sampling": sampling,
+            "weighting": weighting,
+            "shared": shared,
+        }
+        self._temporary = tempfile.TemporaryDirectory()
         encoder = DatasetEncoder(
-            pipeline, family, PAIRS, options, cache_folder=Path(cache_folder or temporary), batch_size=batch_size
+            pipeline,
+            self.family,
+            PAIRS,
+            options,
+            cache_folder=Path(cache_folder or self._temporary.name),
+            batch_size=batch_size,
         )
-        with on_device(pipeline, family, family.denoiser(pipeline).device):
+        with on_device(pipeline, self.family, self.family.denoiser(pipeline).device):
             encoder.add_prompts([dataset])
-            encoded = encoder.encode(dataset, "dataset")
-        fixed = (family, encoded, encoder.collator, batch_size, settings)
-        elbos = _all_elbos(pipeline, *fixed)
-        reference_elbos = None if reference is None else _all_elbos(reference, *fixed)
-    likelihood = wins(elbos[:, 0] - elbos[:, 1])
-    if reference_elbos is None:
-        interval = bootstrap_interval(likelihood.numpy())
-        return PreferenceAccuracy(None, interval, likelihood.mean().item(), None, len(dataset))
-    gains = elbos - reference_elbos
-    won = wins(gains[:, 0] - gains[:, 1])
-    return PreferenceAccuracy(
-        accuracy=won.mean().item(),
-        interval=bootstrap_interval(won.numpy()),
-        likelihood_accuracy=likelihood.mean().item(),
-        reference_likelihood_accuracy=wins(reference_elbos[:, 0] - reference_elbos[:, 1]).mean().item(),
-        count=len(dataset),
-    )
+            self._encoded = encoder.encode(dataset, "dataset")
+        self._collate = encoder.collator
 
+    def __enter__(self) -> Self:
+        return self
 
-def _all_elbos(
-    pipeline: DiffusionPipeline,
-    family: Family,
-    encoded: Dataset,
-    collate: Collator,
-    batch_size: int,
-    settings: Mapping[str, Any],
-) -> Tensor:
-    denoiser, process = family.denoiser(pipeline), noise_process(pipeline.scheduler)
-    was_training = denoiser.training
-    denoiser.eval()
+    def __exit__(self, *error: object) -> None:
+        self._temporary.cleanup()
 
-    def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return family.predict(denoiser, x_t.to(denoiser.dtype), model_time, conditioning)
+    def elbos(self, pipeline: DiffusionPipeline) -> Tensor:
+        """`(N, 2)` estimates of the chosen and rejected samples' likelihoods under a pipeline's denoiser."""
+        denoiser, process = self.family.denoiser(pipeline), noise_process(pipeline.scheduler)
+        was_training = denoiser.training
+        denoiser.eval()
 
-    parts = []
-    for start in range(0, len(encoded), batch_size):
-        collated = collate([encoded[row] for row in range(start, min(start + batch_size, len(encoded)))])
-        batch = Batch.from_collated(send_to_device(collated, denoiser.device))
-        parts.append(pair_elbos(predict, batch, process, **settings).cpu())
-    denoiser.train(was_training)
-    return torch.cat(parts)
+        def predict(x_t: Tensor, model_time: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+            return self.family.predict(denoiser, x_t.to(denoiser.dtype), model_time, conditioning)
+
+        parts, count = [], len(self._encoded)
+        for start in range(0, count, self.batch_size):
+            rows = [self._encoded[row] for row in range(start, min(start + self.batch_size, count))]
+            batch = Batch.from_collated(send_to_device(self._collate(rows), denoiser.device))
+            parts.append(pair_elbos(predict, batch, process, **self._settings).cpu())
+        denoiser.train(was_training)
+        return torch.cat(parts)
+
+    @staticmethod
+    def accuracy(elbos: Tensor, reference: Tensor | None) -> PreferenceAccuracy:
+        """Accuracies from what `elbos` gives for a model and, where there is one, for its reference."""
+        likelihood = wins(elbos[:, 0] - elbos[:, 1])
+        if reference is None:
+            interval = bootstrap_interval(likelihood.numpy())
+            return PreferenceAccuracy(None, interval, likelihood.mean().item(), None, len(elbos))
+        gains = elbos - reference
+        won = wins(gains[:, 0] - gains[:, 1])
+        return PreferenceAccuracy(
+            accuracy=won.mean().item(),
+            interval=bootstrap_interval(won.numpy()),
+            likelihood_accuracy=likelihood.mean().item(),
+            reference_likelihood_accuracy=wins(reference[:, 0] - reference[:, 1]).mean().item(),
+            count=len(elbos),
+        )
