@@ -23,7 +23,7 @@ from trl_diffusion_pref.diffusion.noise import (
     VariancePreserving,
     noise_process,
 )
-from trl_diffusion_pref.export.weights import export_lora
+from trl_diffusion_pref.export.weights import write_lora
 from trl_diffusion_pref.families import Family, all_families, base, family_for, family_of_denoiser, supported_pipelines
 from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_pref.families.weightless import pipeline_around, pipeline_from_configs
@@ -421,7 +421,7 @@ def test_a_saved_lora_gives_the_same_output_in_a_fresh_pipeline(name, tmp_path):
     denoiser = get_peft_model(family.denoiser(pipeline), config).eval()
     with torch.no_grad():
         expected = denoiser(*args, **kwargs)[0]
-    export_lora(pipeline, family, denoiser, tmp_path)
+    write_lora(pipeline, family, denoiser, tmp_path)
 
     fresh = tiny.build(name)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from helpers import tiny
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
-from trl_diffusion_pref.export.weights import export_lora, lora_metadata
+from trl_diffusion_pref.export.weights import lora_metadata, write_lora
 from trl_diffusion_pref.families import family_for
 
 
@@ -41,7 +41,7 @@ def test_a_pattern_of_target_modules_is_kept():
 def test_a_diffusers_file_holds_no_other_field(tmp_path):
     pipeline = tiny.build("stable_diffusion")
     family = family_for(pipeline)
-    export_lora(pipeline, family, get_peft_model(family.denoiser(pipeline), lora()), tmp_path)
+    write_lora(pipeline, family, get_peft_model(family.denoiser(pipeline), lora()), tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
     assert metadata == {f"unet.{name}": value for name, value in ALWAYS.items()}
@@ -50,5 +50,5 @@ def test_a_diffusers_file_holds_no_other_field(tmp_path):
 def test_peft_s_own_config_file_holds_no_other_field(tmp_path):
     pipeline = tiny.build("pixart_sigma")
     family = family_for(pipeline)
-    export_lora(pipeline, family, get_peft_model(family.denoiser(pipeline), lora()), tmp_path)
+    write_lora(pipeline, family, get_peft_model(family.denoiser(pipeline), lora()), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == {**ALWAYS, "peft_type": "LORA"}

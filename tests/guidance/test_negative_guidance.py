@@ -2,7 +2,8 @@ import copy
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -688,6 +689,28 @@ class TestThreads:
             expected = [predict(seed) for seed in range(2)]
             with ThreadPoolExecutor(2) as pool:
                 together = list(pool.map(predict, range(2)))
+        for one, other in zip(together, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+    def test_a_side_that_another_thread_names_is_not_taken(self, lora):
+        """Both threads are within a side's context before the first calls the denoiser, and until the second has."""
+        pipeline = build_tiny_pipeline()
+        unet, together_there = pipeline.unet, Barrier(2, timeout=60)
+        unet.cache_context = lambda name: nullcontext()
+        sample, states = torch.ones(1, 4, 8, 8), torch.ones(1, 4, 32)
+
+        def predict(name, wait=lambda: None):
+            with unet.cache_context(name), torch.no_grad():
+                wait()
+                prediction = unet(sample, 5, states, return_dict=False)[0]
+                wait()
+                return prediction
+
+        with negative_guidance(pipeline, lora, batches_both_sides=False):
+            expected = [predict(name) for name in ("uncond", "cond")]
+            with ThreadPoolExecutor(2) as pool:
+                together = list(pool.map(lambda name: predict(name, together_there.wait), ("uncond", "cond")))
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
         for one, other in zip(together, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 

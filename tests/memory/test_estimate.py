@@ -215,6 +215,18 @@ def test_the_cpu_s_autocast_keeps_less_than_cuda_s():
     assert estimate_memory(pipeline, plain).total == pytest.approx(on_gpu.total, rel=0.01)
 
 
+def test_self_npo_in_bf16_is_estimated_for_cuda():
+    """The teacher's passes without gradients make half-precision copies of weights; the student must not get those."""
+    adapter, options = LoraConfig(r=4), {"bf16": True, "per_device_train_batch_size": 2}
+    frozen, ema = (
+        estimate_memory(load_pipeline(), config_of(SelfNPOConfig, teacher=teacher, **options), adapter, "cuda")
+        for teacher in ("frozen", "ema")
+    )
+    # The teacher is the model without its adapter, or with a second one.
+    assert ema.gradients == 4 * ema.trained_parameters == ema.reference > 0 == frozen.reference
+    assert ema.total - frozen.total == ema.reference
+
+
 def test_what_cannot_be_estimated_is_named():
     with pytest.raises(TypeError, match="cfg is a dict"):
         estimate_memory(load_pipeline(), {})

@@ -1,7 +1,6 @@
 """The model card: what was trained, with which options, and how to sample from it."""
 
 import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import trl
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
+from transformers import TrainerState
 
 from ..families import Family
 from ..version import __version__
+from . import card_contents as contents
+from .kohya import KOHYA_FILE
 
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -24,6 +26,16 @@ _DIFFUSION_NPO = {
     "title": "Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of Diffusion "
     "Models",
     "id": "2505.11245",
+    "citation": """\
+@inproceedings{wang2025diffusionnpo,
+    title         = {{Diffusion-NPO: Negative Preference Optimization for Better Preference Aligned Generation of
+                     Diffusion Models}},
+    author        = {Fu-Yun Wang and Yunhao Shui and Jingtan Piao and Keqiang Sun and Hongsheng Li},
+    booktitle     = {International Conference on Learning Representations},
+    year          = 2025,
+    eprint        = {2505.11245},
+    archivePrefix = {arXiv}
+}""",
 }
 _OUTPUTS = {"image": "images", "video": "frames", "audio": "audios"}
 
@@ -36,28 +48,6 @@ def _sampling_with_guidance(pipeline: DiffusionPipeline, family: Family) -> str:
     return f'{family.modality} = pipeline("your prompt", {options}).{_OUTPUTS[family.modality]}[0]'
 
 
-_SHOWN = ("learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "seed", "weight_decay", "prompt_dropout")
-
-
-def card_options(args: Any, shared: type, sample_name: str, steps: int) -> dict[str, Any]:
-    """Values of a run's options by the names under which the card shows them.
-
-    Args:
-        args: The config.
-        shared: The config class that all algorithms share; every option beyond it is shown.
-        sample_name: What a batch is made of.
-        steps: That were trained.
-    """
-    own = {field.name for field in fields(args)} - {field.name for field in fields(shared)}
-    options = {name: getattr(args, name) for name in (*_SHOWN, *sorted(own))}
-    options = {name: getattr(value, "value", value) for name, value in options.items()}
-    options[f"{sample_name} per step"] = (
-        args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    )
-    options["steps"] = steps
-    return options
-
-
 def write_model_card(
     folder: Path,
     *,
@@ -68,7 +58,8 @@ def write_model_card(
     record: dict[str, Any],
     lora: LoraConfig | None,
     args: Any,
-    options: dict[str, Any],
+    batch: str,
+    state: TrainerState,
     model_name: str | None,
     repo_id: str | None,
     dataset_name: str | None,
@@ -76,38 +67,51 @@ def write_model_card(
 ) -> None:
     """Writes `README.md`, after everything else, since PEFT rewrites the front matter of a card that it finds.
 
+    Pictures in `samples/*.png` and the text of `comparison.md` are shown where the folder has them. The licence is
+    that of the base's card, where that is on this machine, and is left out otherwise.
+
     Args:
-        method, paper: The algorithm's name; title and arXiv id of its paper, or nothing.
-        record: The run's, see `run_record`.
+        method, paper: The algorithm's name; `title`, arXiv `id` and BibTeX `citation` of its paper, or nothing.
+        record: The run's, see `run_record`, with what is known of the data under `data`.
         lora: The adapter's configuration, or None for full weights.
         args: The run's config.
-        options: What was trained with, shown as a table.
+        batch: What a batch is made of, such as "pairs".
+        state: The loop's, with the steps and the log.
         model_name, repo_id: For the title and the code; default the folder's name.
+        dataset_name: The training data's id on the Hub. Default: what the data set says of itself.
     """
-    negative, base_model = record["negative"], record["base_model"]
+    negative, base_model, data = record["negative"], record["base_model"], record.get("data", {})
     if getattr(args, "negative", False):
         method, paper, tags = f"Diffusion-NPO ({method})", _DIFFUSION_NPO, [*tags, "diffusion-npo"]
     task = f"text-to-{family.modality}"
-    data = ModelCardData(
+    licence: dict[str, Any] = {**contents.base_licence(pipeline, base_model)}
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if lora else "finetune"} if base_model else {}
+    card_data = ModelCardData(
         base_model=base_model,
         library_name="diffusers",
         pipeline_tag=task,
-        datasets=dataset_name,
+        datasets=dataset_name or data.get("id"),
         model_name=model_name,
         tags=sorted({task, *(["lora"] if lora else []), *(["negative-model"] if negative else []), *tags}),
+        **relation,
+        **licence,
     )
+    curve_header, curve = contents.training_curve(state.log_history)
     card = ModelCard.from_template(
-        card_data=data,
+        card_data=card_data,
         template_path=str(_TEMPLATE),
         title=model_name or folder.name,
         method=method,
         negative=negative,
         paper=paper,
+        citation=contents.bibtex(paper),
         pipeline_class=type(pipeline).__name__,
         base=base_model,
+        base_folder=record.get("base_folder"),
         base_fingerprint=record["base_fingerprint"],
         lora=lora is not None,
         lora_format=family.lora_format,
+        kohya_file=KOHYA_FILE if (folder / KOHYA_FILE).is_file() else None,
         denoiser=family.denoiser_name,
         sample=family.modality,
         samples=_OUTPUTS[family.modality],
@@ -119,8 +123,14 @@ def write_model_card(
             if component is None and name.startswith(("text_encoder", "tokenizer"))
         ),
         repo_id=repo_id or model_name or folder.name,
-        dataset=dataset_name,
-        options=options | ({"r": lora.r, "lora_alpha": lora.lora_alpha} if lora else {}),
+        pictures=contents.pictures(folder),
+        comparison=contents.comparison(folder),
+        data=contents.data_facts(data, dataset_name),
+        options=contents.shown_options(args, batch, state.global_step) | contents.lora_options(lora),
+        curve_header=curve_header,
+        curve=curve,
+        metrics=contents.final_metrics(state.log_history),
+        licence=licence.get("license_name") or licence.get("license"),
         versions={
             "trl_diffusion_pref": __version__,
             "trl": trl.__version__,

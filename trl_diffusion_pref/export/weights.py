@@ -1,6 +1,7 @@
 """What is written for others to load: denoiser folders, whole pipelines, LoRA files, and the record of a run."""
 
 import json
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists as _is_target
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from ..families import Family
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
+from .kohya import KOHYA_FILE, check_kohya, save_kohya
 
 
 RUN_RECORD = "trl_diffusion_pref.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -48,16 +52,30 @@ def load_denoiser_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def save_pipeline(
-    pipeline: DiffusionPipeline, family: Family, folder: Path, state_dict: dict[str, Tensor] | None = None
+    pipeline: DiffusionPipeline,
+    family: Family,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    encoders: AbstractContextManager[None] | None = None,
 ) -> None:
     """Writes a whole pipeline; `model_index.json`, without which it does not load, is removed first and comes last.
 
     Args:
         state_dict: The denoiser's gathered weights, see `save_denoiser`.
+        encoders: Within it the other parts are in memory.
     """
-    (folder / pipeline.config_name).unlink(missing_ok=True)
-    save_denoiser(family.denoiser(pipeline), folder / family.denoiser_name, state_dict)
-    save_all_but_denoiser(pipeline, family, folder)
+    denoiser = family.denoiser(pipeline)
+    with ExitStack() as stack:
+        try:
+            # Before anything is written, since the folder may be the one that they are read from.
+            stack.enter_context(encoders or nullcontext())
+        except Exception:
+            # What was trained is kept all the same.
+            save_denoiser(denoiser, folder / family.denoiser_name, state_dict)
+            raise
+        (folder / pipeline.config_name).unlink(missing_ok=True)
+        save_denoiser(denoiser, folder / family.denoiser_name, state_dict)
+        save_all_but_denoiser(pipeline, family, folder)
 
 
 def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
@@ -71,7 +89,17 @@ def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: P
     pipeline.save_config(folder)
 
 
-def export_lora(
+def adapter_tensors(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The active adapter's, by the names of the modules in the denoiser.
+
+    Args:
+        state_dict: Gathered weights, where the module itself holds shards only.
+    """
+    tensors = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=model.active_adapter)
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def write_lora(
     pipeline: DiffusionPipeline,
     family: Family,
     model: PeftModel,
@@ -85,10 +113,7 @@ def export_lora(
     The adapter's configuration goes into the file's metadata. Without it diffusers guesses the rank from the weights,
     takes `lora_alpha` to equal it, and scales the LoRA wrongly whenever it does not.
     """
-    adapter = model.active_adapter
-    layers = get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=adapter)
-    layers = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in layers.items()}
-    family.save_lora(pipeline, folder, layers, lora_metadata(lora_config(model)))
+    family.save_lora(pipeline, folder, adapter_tensors(model, state_dict), lora_metadata(lora_config(model)))
 
 
 def lora_config(model: PeftModel) -> LoraConfig:
@@ -133,12 +158,17 @@ def lora_metadata(config: LoraConfig) -> dict[str, Any]:
 _LORA_INITIALISATIONS = (True, False, "gaussian")
 
 
-def check_exportable(config: LoraConfig) -> None:
+def check_exportable(config: LoraConfig, base: ModelMixin, family: Family, *, kohya: bool = False) -> None:
     """Raises, before training, for a LoRA that diffusers could not load or would load as something else.
+
+    Args:
+        config: With target modules.
+        base: The denoiser that will get it.
+        kohya: Whether it is to be written under kohya's names too.
 
     Raises:
         ValueError: The config asks for trained biases, other trained modules, or an initialisation that changes the
-            base.
+            base; or, with `kohya`, for what such a file cannot hold.
     """
     problem = None
     if config.bias != "none":
@@ -152,6 +182,14 @@ def check_exportable(config: LoraConfig) -> None:
             f"peft_config: {problem}, which a LoRA file for load_lora_weights does not hold, so what you train could "
             "not be loaded. Use bias='none', no modules_to_save, and init_lora_weights True or 'gaussian'."
         )
+    if kohya:
+        layers = [
+            name
+            for name, part in base.named_modules()
+            # PEFT's name for all of these, which it replaces while it puts the adapter in.
+            if (isinstance(part, nn.Linear) if config.target_modules == "all-linear" else _is_target(config, name))
+        ]
+        check_kohya(layers, lora_metadata(config), family, base.config)
 
 
 def save_lora(
@@ -160,29 +198,47 @@ def save_lora(
     model: PeftModel,
     folder: Path,
     state_dict: dict[str, Tensor] | None = None,
+    *,
+    kohya: bool = False,
 ) -> None:
-    """Writes the active adapter twice: in PEFT's files, from which training resumes, and for `load_lora_weights`."""
+    """Writes the active adapter in PEFT's files, from which training resumes, and for `load_lora_weights`.
+
+    Args:
+        kohya: Whether to write it under kohya's names too, into `KOHYA_FILE`.
+    """
     model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[model.active_adapter])
-    export_lora(pipeline, family, model, folder, state_dict)
+    write_lora(pipeline, family, model, folder, state_dict)
+    if kohya:
+        options, tensors = lora_metadata(lora_config(model)), adapter_tensors(model, state_dict)
+        save_kohya(folder / KOHYA_FILE, tensors, options, family, family.denoiser_config(pipeline))
 
 
 def run_record(
-    trainer: str, base_model: str | None, denoiser: nn.Module, family: Family, *, negative: bool
+    trainer: str,
+    base_model: str | None,
+    base_folder: str | None,
+    denoiser: ModelMixin,
+    family: Family,
+    negative: bool,
 ) -> dict[str, Any]:
     """What a run's weights are trained from.
 
     Args:
         trainer: Name of the class.
         base_model: Hub id, or None where the base came from a folder that others do not have.
+        base_folder: Name of that folder, without the path to it; None where there is none.
         denoiser: Before it is trained, unwrapped.
         negative: Whether the result is a negative model, which is sampled with as such.
     """
     return {
         "trainer": trainer,
         "base_model": base_model,
+        "base_folder": base_folder,
         "base_fingerprint": weights_fingerprint(denoiser),
         "base_fingerprint_rounded": rounded_fingerprints(denoiser),
         "pipeline_class": family.pipeline_class,
+        # Without what diffusers notes of where the model was loaded from.
+        "denoiser_config": {name: value for name, value in denoiser.config.items() if not name.startswith("_")},
         "negative": negative,
     }
 

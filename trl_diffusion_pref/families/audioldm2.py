@@ -40,6 +40,7 @@ class AudioLDM2Family(PeftFormatFamily, AudioFamily):
     gradient_checkpointing = False
     read_by_value = ("prompt_attention_mask",)
     prompt_masks = {"prompt_embeds": "prompt_attention_mask"}
+    pads_to_longest = True
 
     def sampling_rate(self, pipeline: AudioLDM2Pipeline) -> int:
         return pipeline.vocoder.config.sampling_rate

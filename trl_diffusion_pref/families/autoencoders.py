@@ -28,7 +28,8 @@ def _warn_of_non_finite_values(vae: str, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def _in_float32(module: nn.Module) -> Iterator[None]:
+def weights_in_float32(module: nn.Module) -> Iterator[None]:
+    """Has a module's weights in float32 for the duration."""
     # The same tensors come back, whatever mixture of dtypes they had. diffusers' own to() warns at every cast.
     tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
     kept = [tensor.data for tensor in tensors]
@@ -57,7 +58,7 @@ def _finite(vae: ModelMixin, inputs: Tensor, run: Callable[[Tensor], Tensors], i
         if all(bool(values.isfinite().all()) for values in ([result] if isinstance(result, Tensor) else result)):
             return result
         _warn_of_non_finite_values(type(vae).__name__, dtype)
-    with _in_float32(vae):
+    with weights_in_float32(vae):
         return attempt()
 
 

@@ -16,38 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .autoencoders import decode_with_autoencoder_kl, encode_with_autoencoder_kl
+from .kohya import KohyaNames
+from .records import InputShapes, Recommended
 
 
 logger = logging.getLogger(__name__)
 
 Modality = Literal["image", "video", "audio"]
 LoraFormat = Literal["diffusers", "peft"]
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """Values of options for one algorithm on one family or kind of model.
-
-    Args:
-        values: By the option's name.
-        source: Where they were published, or that they were not and whose they are.
-    """
-
-    values: Mapping[str, float]
-    source: str
-
-
-@dataclass(frozen=True)
-class InputShapes:
-    """Shapes of what the denoiser is given for one sample, without the batch dimension; all of it is float32.
-
-    Args:
-        latents: `(C, h, w)` of an image, `(C, f, h, w)` of a video; of audio as its VAE has them.
-        conditioning: By name, everything that `Family.predict` reads.
-    """
-
-    latents: tuple[int, ...]
-    conditioning: dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +56,8 @@ class Family(ABC):
         modality: What a sample is, "image", "video" or "audio".
         lora_format: "diffusers" where the pipeline has `load_lora_weights`; "peft" where it has not, and the folder
             that `save_lora` writes loads with `PeftModel.from_pretrained(pipeline.<denoiser_name>, folder)`.
+        kohya: How kohya's scripts and ComfyUI name the denoiser's layers, for `export_lora`; None where they have no
+            names for it.
         guidance_layout: How the pipeline calls its denoiser for classifier-free guidance. "batched": once, on
             [negative; positive]. "separate": twice, inside diffusers' `cache_context("cond")` and
             `cache_context("uncond")`. None: unknown, and `guidance.negative_guidance` asks for it.
@@ -87,6 +65,8 @@ class Family(ABC):
         aspect_ratio_buckets: Whether the published models were trained on images of several shapes.
         prompt_masks: Which of `encode_prompts`' masks says which tokens of an embedding the denoiser looks at, by the
             embedding's name. What is masked is not stored.
+        pads_to_longest: Whether the pipeline's `__call__` pads the prompts of a batch to the longest of them, so that
+            a sample depends on the other prompts of its batch. Prompts of different text are then sampled apart.
         shared_arguments: Names of the denoiser's arguments that are the same for all samples, such as positions of
             tokens; their first dimension is never a batch.
     """
@@ -104,10 +84,12 @@ class Family(ABC):
     gradient_checkpointing: bool = True
     modality: Modality = "image"
     lora_format: LoraFormat = "diffusers"
+    kohya: ClassVar[KohyaNames | None] = None
     guidance_layout: Literal["batched", "separate"] | None = None
     guided_pipelines: tuple[str, ...] = ()
     aspect_ratio_buckets: bool = False
     prompt_masks: ClassVar[Mapping[str, str]] = {}
+    pads_to_longest: bool = False
     shared_arguments: tuple[str, ...] = ()
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
@@ -212,8 +194,12 @@ class Family(ABC):
         factors = (getattr(pipeline, name, None) for name in ("vae_scale_factor_spatial", "vae_scale_factor"))
         return next((factor for factor in factors if factor), 1)
 
+    def largest_side(self, pipeline: DiffusionPipeline) -> int | None:
+        """Pixels that a side may have at most. Default: None, any."""
+        return None
+
     def check_side(self, pipeline: DiffusionPipeline, side: int) -> None:
-        """Raises where a side in pixels is no whole number of patches.
+        """Raises where a side in pixels is no whole number of patches, or more than the denoiser takes.
 
         Raises:
             ValueError: Says what `resolution` may be.
@@ -224,6 +210,12 @@ class Family(ABC):
             raise ValueError(
                 f"resolution={side}: {type(pipeline).__name__} takes multiples of {step} pixels. Take {below} or "
                 f"{below + step}."
+            )
+        largest = self.largest_side(pipeline)
+        if largest is not None and side > largest:
+            raise ValueError(
+                f"resolution={side}: the {self.denoiser_name} of this {type(pipeline).__name__} has positions for "
+                f"{largest} pixels a side. Take {largest} at most."
             )
 
     def input_shapes(self, pipeline: DiffusionPipeline, sample_shape: tuple[int, ...]) -> InputShapes:

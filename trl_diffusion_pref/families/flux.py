@@ -7,6 +7,10 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from .base import Family, call_default
+from .kohya import KohyaNames, Rule, joined
+
+
+_DOUBLE, _SINGLE = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
 
 
 class FluxFamily(Family):
@@ -41,6 +45,30 @@ class FluxFamily(Family):
         "ff.net.2",
         "ff_context.net.0.proj",
         "ff_context.net.2",
+    )
+    kohya = KohyaNames(
+        (
+            *joined(_DOUBLE, ("attn.to_q", "attn.to_k", "attn.to_v"), r"double_blocks.\1.img_attn.qkv"),
+            *joined(
+                _DOUBLE, ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), r"double_blocks.\1.txt_attn.qkv"
+            ),
+            Rule(_DOUBLE + r"attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+            Rule(_DOUBLE + r"attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+            Rule(_DOUBLE + r"ff\.net\.0\.proj", r"double_blocks.\1.img_mlp.0"),
+            Rule(_DOUBLE + r"ff\.net\.2", r"double_blocks.\1.img_mlp.2"),
+            Rule(_DOUBLE + r"ff_context\.net\.0\.proj", r"double_blocks.\1.txt_mlp.0"),
+            Rule(_DOUBLE + r"ff_context\.net\.2", r"double_blocks.\1.txt_mlp.2"),
+            Rule(_DOUBLE + r"norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+            Rule(_DOUBLE + r"norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+            *joined(
+                _SINGLE,
+                ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                r"single_blocks.\1.linear1",
+                widths=(1, 1, 1, 4),
+            ),
+            Rule(_SINGLE + "proj_out", r"single_blocks.\1.linear2"),
+            Rule(_SINGLE + r"norm\.linear", r"single_blocks.\1.modulation.lin"),
+        )
     )
     packing = 4
     flow = True

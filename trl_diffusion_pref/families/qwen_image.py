@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .autoencoders import decode_with_channel_statistics, encode_with_channel_statistics
 from .base import Family, call_default
+from .kohya import DIFFUSERS_NAMES
 
 
 class QwenImageFamily(Family):
@@ -22,10 +23,12 @@ class QwenImageFamily(Family):
     aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_qwen_image.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    kohya = DIFFUSERS_NAMES
     packing = 4
     flow = True
     read_by_value = ("prompt_embeds_mask",)
     prompt_masks = {"prompt_embeds": "prompt_embeds_mask"}
+    pads_to_longest = True
 
     def conditioning_shapes(self, pipeline: QwenImagePipeline) -> dict[str, tuple[int, ...]]:
         length = call_default(pipeline, "max_sequence_length")

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from .base import Family, PartConfig, Recommended
+from .kohya import DIFFUSERS_NAMES
 
 
 class StableDiffusionFamily(Family):
@@ -20,6 +21,7 @@ class StableDiffusionFamily(Family):
     guidance_layout = "batched"
     guided_pipelines = ("StableDiffusionImg2ImgPipeline",)
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    kohya = DIFFUSERS_NAMES
     # One pipeline class serves 1.x and 2.x.
     recommended = {
         "Diffusion-DPO": Recommended(

@@ -7,6 +7,10 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from .base import Family, Recommended, call_default
+from .kohya import KohyaNames, Rule, joined
+
+
+_BLOCK = r"transformer_blocks\.(\d+)\."
 
 
 class StableDiffusion3Family(Family):
@@ -31,6 +35,26 @@ class StableDiffusion3Family(Family):
         "attn.to_q",
         "attn.to_v",
     )
+    # diffusers does not load these names of SD 3, ComfyUI and kohya's scripts do.
+    kohya = KohyaNames(
+        (
+            *joined(_BLOCK, ("attn.to_q", "attn.to_k", "attn.to_v"), r"joint_blocks.\1.x_block.attn.qkv"),
+            *joined(_BLOCK, ("attn2.to_q", "attn2.to_k", "attn2.to_v"), r"joint_blocks.\1.x_block.attn2.qkv"),
+            *joined(
+                _BLOCK,
+                ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                r"joint_blocks.\1.context_block.attn.qkv",
+            ),
+            Rule(_BLOCK + r"attn\.to_out\.0", r"joint_blocks.\1.x_block.attn.proj"),
+            Rule(_BLOCK + r"attn2\.to_out\.0", r"joint_blocks.\1.x_block.attn2.proj"),
+            Rule(_BLOCK + r"attn\.to_add_out", r"joint_blocks.\1.context_block.attn.proj"),
+            Rule(_BLOCK + r"ff\.net\.0\.proj", r"joint_blocks.\1.x_block.mlp.fc1"),
+            Rule(_BLOCK + r"ff\.net\.2", r"joint_blocks.\1.x_block.mlp.fc2"),
+            Rule(_BLOCK + r"ff_context\.net\.0\.proj", r"joint_blocks.\1.context_block.mlp.fc1"),
+            Rule(_BLOCK + r"ff_context\.net\.2", r"joint_blocks.\1.context_block.mlp.fc2"),
+            Rule(_BLOCK + r"norm1\.linear", r"joint_blocks.\1.x_block.adaLN_modulation.1"),
+        )
+    )
     flow = True
     recommended = {
         # flow_grpo's own rate belongs to a LoRA in its setting; a default should be one that others found to hold.
@@ -48,6 +72,11 @@ class StableDiffusion3Family(Family):
             "prompt_embeds": (length, config.joint_attention_dim),
             "pooled_prompt_embeds": (config.pooled_projection_dim,),
         }
+
+    def largest_side(self, pipeline: StableDiffusion3Pipeline) -> int | None:
+        # A table of positions, of which the middle is taken.
+        positions = self.denoiser_config(pipeline).get("pos_embed_max_size")
+        return positions and positions * self.size_step(pipeline)
 
     def encode_prompts(self, pipeline: StableDiffusion3Pipeline, prompts: Sequence[str]) -> dict[str, Tensor]:
         prompts = list(prompts)

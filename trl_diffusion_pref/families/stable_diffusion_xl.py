@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders, pooled embeddings, conditioning on size and crop."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,27 @@ from torch import Tensor, nn
 
 from .autoencoders import channel_statistics, decode_finite, encode_with_autoencoder_kl
 from .base import Family, PartConfig, Recommended
+from .kohya import KohyaNames, Rule
 from .stable_diffusion import distilled_unet
+
+
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _in_block(match: re.Match[str], config: Mapping[str, Any]) -> str:
+    """The authors count the layers of all blocks on one side of the middle, each block's sampling layer included."""
+    side, block, kind, index, rest = match.groups()
+    per_block, number = config["layers_per_block"] + 1, int(index)
+    inner, rest = ("0", _RESNET[rest]) if kind == "resnets" else ("1", rest)
+    if side == "mid":
+        return f"middle_block.{2 * number if kind == 'resnets' else 1}.{rest}"
+    first, name = (1, "input_blocks") if side == "down" else (0, "output_blocks")
+    return f"{name}.{first + int(block) * per_block + number}.{inner}.{rest}"
 
 
 class StableDiffusionXLFamily(Family):
@@ -24,6 +45,12 @@ class StableDiffusionXLFamily(Family):
     aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_sdxl.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    kohya = KohyaNames(
+        (
+            Rule(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(attentions)\.(\d+)\.(.+)", _in_block),
+            Rule(rf"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets)\.(\d+)\.({'|'.join(_RESNET)})", _in_block),
+        )
+    )
     recommended = {
         "MaPO": Recommended(
             {"learning_rate": 1e-5},

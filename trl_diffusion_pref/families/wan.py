@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .autoencoders import decode_with_channel_statistics, encode_with_channel_statistics
 from .base import Recommended, call_default
+from .kohya import KohyaNames, Rule
 from .modalities import VideoFamily
 
 
@@ -19,6 +20,18 @@ class WanFamily(VideoFamily):
     guidance_layout = "separate"
     # diffusers has no LoRA example for Wan; these are the attention layers that its other examples train.
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
+    # With kohya's own prefix diffusers loads only files that have all layers of every block.
+    kohya = KohyaNames(
+        (
+            Rule(r"(blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+            Rule(r"(blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+            Rule(r"(blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+            Rule(r"(blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+            Rule(r"(blocks\.\d+\.ffn)\.net\.0\.proj", r"\1.0"),
+            Rule(r"(blocks\.\d+\.ffn)\.net\.2", r"\1.2"),
+        ),
+        prefix="diffusion_model.",
+    )
     flow = True
     recommended = {
         "Diffusion-DPO": Recommended(

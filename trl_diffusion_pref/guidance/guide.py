@@ -283,6 +283,11 @@ def negative_guidance(
         guidance.remove()
 
 
+def guidance_of(pipeline: DiffusionPipeline) -> NegativeGuidance | None:
+    """The negative guidance that is active in a pipeline."""
+    return vars(getattr(pipeline, denoiser_name(pipeline))).get(_MARK)
+
+
 def _known_layout(pipeline: DiffusionPipeline) -> Literal["batched", "separate"]:
     family = guided_family(pipeline)
     if family is not None and family.guidance_layout is not None:

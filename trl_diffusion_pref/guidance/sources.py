@@ -18,13 +18,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_FILE
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..export.weights import RUN_RECORD, read_run_record
+from ..export.weights import LORA_FILE, RUN_RECORD, read_run_record
 from ..families import Family, family_named, supported_pipelines
 from ..fingerprint import different_parameters, rounded_fingerprints, weights_fingerprint
 from ..host_libraries import dtype_option
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | nn.Module
 
 

@@ -1,18 +1,15 @@
 """The estimate: what is added up, and how it is printed. Knows the trainers by their configs alone."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
-from ..algorithms import TRAINERS
+from ..algorithms import trainer_of
 from ..training.config import DiffusionPreferenceConfig
 from ..training.model_setup import has_gradient_checkpointing
-from ..training.trainer import DiffusionTrainer
 from .autocast import DEVICE_TYPES
 from .held import optimizer_bytes
 from .model import pipeline_of
@@ -76,12 +73,6 @@ class MemoryEstimate:
         return "\n".join(lines)
 
 
-def _subclasses(kind: Any) -> Iterator[type[DiffusionTrainer]]:
-    for trainer in kind.__subclasses__():
-        yield trainer
-        yield from _subclasses(trainer)
-
-
 def estimate_memory(
     model: str | os.PathLike | DiffusionPipeline | nn.Module,
     cfg: DiffusionPreferenceConfig,
@@ -124,14 +115,7 @@ def estimate_memory(
     print(estimate_memory("stabilityai/stable-diffusion-xl-base-1.0", cfg))
     ```
     """
-    # The table's trainers, and those of algorithms from outside.
-    kinds = {trainer.config_class: trainer for trainer in _subclasses(DiffusionTrainer)}
-    kind = next((kinds[config] for config in type(cfg).__mro__ if config in kinds), None)
-    if kind is None:
-        raise TypeError(
-            f"cfg is a {type(cfg).__name__}. Pass the config that the trainer will get: "
-            f"{', '.join(config.__name__ for config, _ in TRAINERS.values())}."
-        )
+    kind = trainer_of(cfg)
     # Not the device of this machine: the estimate is asked for before there is one.
     device_type = device_type or ("cpu" if cfg.use_cpu else "cuda")
     if device_type not in DEVICE_TYPES:

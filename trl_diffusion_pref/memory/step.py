@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
+from ..data import Encoders
 from ..data.batch import Batch, Posterior
 from ..data.preparation import preparation_for
 from ..data.resolution import as_resolution
@@ -130,7 +131,7 @@ class FakeStep:
         vars(trainer).update(
             args=args,
             family=family,
-            pipeline=pipeline,
+            encoders=Encoders(pipeline, family),
             encoder=self.encoder,
             noise_process=process,
             model=self.model,
