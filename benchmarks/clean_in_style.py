@@ -54,8 +54,8 @@ def main() -> None:
     lines = [
         "# Distance to the nearest drawing, by style",
         "",
-        f"Written by `benchmarks/clean_in_style.py`: {IMAGES} images of the base, and {TUNED_IMAGES} after the demo's MaPO "
-        "run with each of three seeds.",
+        f"Written by `benchmarks/clean_in_style.py`: {IMAGES} images of the base, and {TUNED_IMAGES} after the demo's "
+        "MaPO run with each of three seeds.",
         "",
         "| model | style | images | median | 75 % | 90 % | within 0.08 | within 0.12 |",
         "|---|---|---|---|---|---|---|---|",

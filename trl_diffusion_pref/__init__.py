@@ -15,42 +15,68 @@ if TYPE_CHECKING:
     from .algorithms.mapo.trainer import MaPOTrainer
     from .algorithms.self_npo.config import SelfNPOConfig
     from .algorithms.self_npo.trainer import SelfNPOTrainer
+    from .data.encoded import EncodedDataset, load_encoded_dataset
     from .data.load import load_pairs
+    from .encode import encode_dataset
+    from .inspection import DatasetInspection, inspect_dataset
     from .memory import MemoryEstimate, estimate_memory
+    from .preference_data import make_pairs, make_rankings, relabel
     from .training.divergence import DivergenceError
     from .training.monitor import NonFiniteLossError
+    from .training.rounds import train_in_rounds
+    from .training.sample_callback import SampleCallback
 
 
 __all__ = [
     "TRAINERS",
+    "DatasetInspection",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
     "DivergenceError",
+    "EncodedDataset",
     "MaPOConfig",
     "MaPOTrainer",
     "MemoryEstimate",
     "NonFiniteLossError",
+    "SampleCallback",
     "SelfNPOConfig",
     "SelfNPOTrainer",
     "__version__",
+    "encode_dataset",
     "estimate_memory",
+    "inspect_dataset",
+    "load_encoded_dataset",
     "load_pairs",
+    "train_in_rounds",
+    "make_pairs",
+    "make_rankings",
+    "relabel",
 ]
 
 # Where each public name lives. It is imported when it is first used, since torch and the host libraries take seconds.
 _MODULES = {
+    "DatasetInspection": "inspection",
     "DiffusionDPOConfig": "algorithms.diffusion_dpo.config",
     "DiffusionDPOTrainer": "algorithms.diffusion_dpo.trainer",
     "DivergenceError": "training.divergence",
+    "EncodedDataset": "data.encoded",
     "MaPOConfig": "algorithms.mapo.config",
     "MaPOTrainer": "algorithms.mapo.trainer",
     "MemoryEstimate": "memory",
     "NonFiniteLossError": "training.monitor",
+    "SampleCallback": "training.sample_callback",
     "SelfNPOConfig": "algorithms.self_npo.config",
     "SelfNPOTrainer": "algorithms.self_npo.trainer",
     "TRAINERS": "algorithms",
+    "encode_dataset": "encode",
     "estimate_memory": "memory",
+    "inspect_dataset": "inspection",
+    "load_encoded_dataset": "data.encoded",
     "load_pairs": "data.load",
+    "train_in_rounds": "training.rounds",
+    "make_pairs": "preference_data",
+    "make_rankings": "preference_data",
+    "relabel": "preference_data",
 }
 
 

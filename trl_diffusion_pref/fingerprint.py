@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 
 _VALUES_PER_TENSOR = 64
+# What transformers writes into configs that changes no result; tensors say their dtypes themselves.
+_NOT_COMPUTED_WITH = ("transformers_version", "architectures", "dtype", "torch_dtype")
 
 
 def weights_fingerprint(module: nn.Module) -> str:
@@ -21,7 +23,9 @@ def weights_fingerprint(module: nn.Module) -> str:
     if config is not None:
         values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         # Where the weights came from does not change what they compute.
-        described = {key: value for key, value in values.items() if not key.startswith("_")}
+        described = {
+            key: value for key, value in values.items() if not (key.startswith("_") or key in _NOT_COMPUTED_WITH)
+        }
         digest.update(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

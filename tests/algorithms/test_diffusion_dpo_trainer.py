@@ -428,9 +428,13 @@ class TestRefusals:
             DiffusionDPOTrainer(build_tiny_pipeline(), dpo(sync_ref_model=True), pairs, **options)
 
     def test_soft_labels_outside_their_range_are_named_by_row(self, dpo, pairs):
-        labels = [0.5] * 14 + [1.0, 0.0]
-        with pytest.raises(ValueError, match=r"'soft_label' holds values outside \(0, 1\).*\[14, 15\]"):
-            DiffusionDPOTrainer(build_tiny_pipeline(), dpo(loss_type="irepo"), pairs.add_column("soft_label", labels))
+        for labels, message in (
+            ([0.5] * 14 + [1.0, 0.0], r"'soft_label' is 0 or 1 in 2 pairs, the first \[14, 15\].*Clip the column"),
+            ([0.5] * 15 + [1.5], r"row 15, column 'soft_label': is 1.5, not in \[0, 1\]"),
+        ):
+            data = pairs.add_column("soft_label", labels)
+            with pytest.raises(ValueError, match=message):
+                DiffusionDPOTrainer(build_tiny_pipeline(), dpo(loss_type="irepo"), data)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -162,6 +162,12 @@ def test_rankings_give_the_pairs_of_the_policy(policy, ties, expected):
         assert [chosen + rejected for _, chosen, rejected in pairs] == expected
 
 
+def test_pairs_beside_halved_ties_have_the_soft_label_that_is_asked_for():
+    rows = pick_a_pic(1.0, 0.5)
+    expected = [("p0", "0a", "0b", 0.95), ("p1", "1a", "1b", 0.5)]
+    assert convert(rows, ties="half", soft_label=0.95) == expected
+
+
 def test_a_ranking_of_equal_samples_is_a_tie():
     assert convert(ranking([1.0, 1.0, 1.0]) + ranking([0.0, 1.0])) == [("p", "b", "a")]
     assert convert(ranking([1.0, 1.0, 1.0]), ties="half") == [("p", "a", "c", 0.5)]
@@ -219,9 +225,10 @@ def test_label_noise_depends_on_row_and_seed_alone():
     assert convert(with_tie, seed=1, **options)[10:-1] == first[11:]
 
 
-def test_label_noise_swaps_soft_labels_too():
+def test_label_noise_makes_soft_labels_wrong():
+    """With 1 - s, a swapped pair would say the same as before."""
     rows = [{"prompt": "p", "path1": "a", "path2": "b", "confidence": 0.75}] * 40
-    assert set(convert(rows, label_noise=0.5)) == {("p", "a", "b", 0.75), ("p", "b", "a", 0.25)}
+    assert set(convert(rows, label_noise=0.5)) == {("p", "a", "b", 0.75), ("p", "b", "a", 0.75)}
 
 
 def test_label_noise_swaps_pairs_and_keeps_their_other_columns():
@@ -229,7 +236,7 @@ def test_label_noise_swaps_pairs_and_keeps_their_other_columns():
         {"prompt": "p", "chosen": "a", "rejected": "b", "soft_label": 0.875, "category": str(row)} for row in range(40)
     ]
     pairs = [row[:3] + row[4:] for row in convert(rows, label_noise=0.5)]
-    assert {row[:3] + row[3:] for row in pairs} == {("p", "a", "b", 0.875), ("p", "b", "a", 0.125)}
+    assert set(pairs) == {("p", "a", "b", 0.875), ("p", "b", "a", 0.875)}
     assert [row[3] for row in convert(rows, label_noise=0.5)] == [str(row) for row in range(40)]
 
 
@@ -290,6 +297,17 @@ def test_unknown_columns_name_the_nearest_layout_and_what_it_lacks():
         convert([{"prompt": "p", "path1": "a", "score": 1.0}])
     assert "HPDv3 without confidence (prompt, path1, path2): it lacks the column path2" in str(error.value)
     assert "column_map={'path2': 'your_column'}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [("file_name", "caption", "split"), ("image", "caption", "split"), ("prompt", "image", "label")],
+    ids="-".join,
+)
+def test_single_votes_are_told_from_pairs(columns):
+    dataset = Dataset.from_dict({name: ["x"] for name in (*columns, "id")})
+    with pytest.raises(ValueError, match="has one sample and what was said of it.*Pairs need two samples"):
+        as_pairs(dataset, "train_dataset")
 
 
 def test_pick_a_pic_without_images_names_the_variant_that_has_them():
@@ -428,6 +446,8 @@ def test_samples_of_two_types_are_named():
         ({"label_noise": 1.0}, r"label_noise=1.0 is outside \[0, 1\)"),
         ({"label_noise": float("nan")}, "label_noise=nan is outside"),
         ({"min_score_difference": -1}, "min_score_difference=-1 must be finite and at least 0"),
+        ({"soft_label": 1.5, "ties": "half"}, r"soft_label=1.5 is outside \[0, 1\]"),
+        ({"soft_label": 0.9}, "soft_label=0.9 does nothing without ties='half'"),
         ({"min_score_difference": 0.5, "ties": "half"}, "ties='half' keeps pairs without a difference"),
     ],
 )

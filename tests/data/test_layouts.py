@@ -25,9 +25,10 @@ def test_pick_a_pic_is_not_told_to_rename_alone():
         check_columns(Dataset.from_dict(columns), "train_dataset")
 
 
-def test_renamed_columns_beside_their_labels_are_an_error():
-    columns = {"prompt": ["a"], "chosen": ["x.png"], "rejected": ["y.png"], "label_0": [0.0]}
-    with pytest.raises(ValueError, match="chosen and rejected beside label_0.*wrong order"):
+@pytest.mark.parametrize("label", ["label_0", "label_1"])
+def test_renamed_columns_beside_their_labels_are_an_error(label):
+    columns = {"prompt": ["a"], "chosen": ["x.png"], "rejected": ["y.png"], label: [0.0]}
+    with pytest.raises(ValueError, match=f"chosen and rejected beside {label}.*wrong order"):
         check_columns(Dataset.from_dict(columns), "train_dataset")
 
 
@@ -69,7 +70,7 @@ def test_bad_prompts_are_listed_by_row():
     problems = prompt_problems(["a", "  ", None, "b", ["c", ""], []])
     assert [str(problem) for problem in problems] == [
         "row 1, column 'prompt': is empty",
-        "row 2, column 'prompt': is NoneType, not a string",
+        "row 2, column 'prompt': is None",
         "row 4, column 'prompt': is empty",
         "row 5, column 'prompt': is empty",
     ]

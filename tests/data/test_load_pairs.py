@@ -1,5 +1,6 @@
 """Sources of pairs: files, folders, tars, data sets and names of the Hub."""
 
+import gzip
 import io
 import logging
 import os
@@ -143,7 +144,7 @@ def test_options_reach_the_pairs(tmp_path):
     options = {"column_map": {"jpg_0": "left", "jpg_1": "right"}, "ties": "half", "label_noise": 0.999, "seed": 3}
     path = write_table(tmp_path / "a.jsonl", rows)
     assert [tuple(row.values()) for row in load_pairs(path, **options)] == [
-        ("p", str(tmp_path / "b"), str(tmp_path / "a"), 0.0),
+        ("p", str(tmp_path / "b"), str(tmp_path / "a"), 1.0),
         ("p", str(tmp_path / "b"), str(tmp_path / "a"), 0.5),
     ]
     ranked = write_table(tmp_path / "b.jsonl", [{"prompt": "p", "images": ["a", "b", "c"], "scores": [1, 2, 4]}])
@@ -401,8 +402,26 @@ def add_member(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
 def test_a_tar_that_leads_elsewhere_is_refused(name, kind, streaming, tmp_path):
     pick_a_pic_tars(tmp_path)
     add_member(tmp_path / "00001.tar", name, kind)
-    with pytest.raises(ValueError, match="00001.tar: the member .* is a link, or its path leads out of the archive"):
+    with pytest.raises(ValueError, match="00001.tar: the member .* is a link or a sparse file, or its path leads out"):
         list(load_pairs(tmp_path, streaming=streaming))
+
+
+@both_ways
+def test_a_tar_whose_members_could_grow_is_refused(streaming, tmp_path):
+    """A compressed one, and a sparse member of 2 TB."""
+    pick_a_pic_tars(tmp_path)
+    first, second = tmp_path / "00000.tar", tmp_path / "00001.tar"
+    packed = gzip.compress(second.read_bytes())
+    with tarfile.open(second, "a", format=tarfile.PAX_FORMAT) as archive:
+        sparse = tarfile.TarInfo("9.jpg_0.jpg")
+        sparse.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(2 * 10**12)}
+        archive.addfile(sparse, io.BytesIO())
+    with pytest.raises(ValueError, match="00001.tar: the member '9.jpg_0.jpg' is a link or a sparse file"):
+        list(load_pairs(tmp_path, streaming=streaming))
+    second.unlink()
+    first.write_bytes(packed)
+    with pytest.raises(ValueError, match="00000.tar cannot be read as a tar archive .* It is compressed; unpack it"):
+        list(load_pairs(first, streaming=streaming))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from trl_diffusion_pref import (
     SelfNPOTrainer,
 )
 from trl_diffusion_pref.data import batch as batches
+from trl_diffusion_pref.data import cache
 from trl_diffusion_pref.training.monitor import non_finite_weights
 
 
@@ -79,6 +80,8 @@ def train_self_npo(folder: Path, pairs) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # One batch in each shard, so that both processes write some.
+    cache._SHARD_ROWS = 1
     folder, pairs = Path(sys.argv[1]), load_from_disk(sys.argv[2])
     seen = {"rows": [], "timesteps": [], "noise": [], "encoded": 0}
     pipeline = build_tiny_pipeline()

@@ -142,8 +142,8 @@ def pick_a_pic(folder: Path) -> Path:
 
 def pick_a_pic_tars(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    for shard in (0, 1):
-        pairs = IMAGES[4 * shard : 4 * shard + 4]
+    half = len(IMAGES) // 2
+    for shard, pairs in enumerate((IMAGES[:half], IMAGES[half:])):
         write_tar(
             folder / f"{shard:05d}.tar",
             [member for number, pair in enumerate(pairs) for member in pick_a_pic_members(f"{number:04d}", pair)],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.pipelines import build_tiny_pipeline
 
+from trl_diffusion_pref.data import Encoders
 from trl_diffusion_pref.export.weights import write_run_record
 from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.training.checkpoint import Checkpointer, checkpoint_problem, last_usable_checkpoint
@@ -25,7 +26,8 @@ def pipeline():
 
 
 def checkpointer(pipeline, folder, base="aaaa") -> Checkpointer:
-    return Checkpointer(pipeline, family_for(pipeline), folder, {"base_model": None, "base_fingerprint": base})
+    encoders = Encoders(pipeline, family_for(pipeline))
+    return Checkpointer(encoders, folder, {"base_model": None, "base_fingerprint": base})
 
 
 def test_newest_whole_checkpoint_is_taken_and_unfinished_ones_named(tmp_path):

@@ -96,5 +96,15 @@ def test_images_are_encoded_once_by_all_processes_together(run):
     assert run[1][0]["encoded"] - probes == 2 * 16
 
 
+def test_two_processes_write_the_encoded_files_of_one(run):
+    written = []
+    for processes in (1, 2):
+        cache = run["folder"] / str(processes) / "cache"
+        shards = [*cache.glob("samples-*/*"), *cache.glob("prompts-*/*"), *cache.glob("contents-*")]
+        written.append({str(file.relative_to(cache)): file.read_bytes() for file in shards})
+    assert written[0] == written[1]
+    assert sum(name.startswith("samples-") for name in written[0]) == 2, "each process wrote one"
+
+
 def test_the_saved_pipeline_loads(run):
     StableDiffusionPipeline.from_pretrained(run["folder"] / "2" / "output")

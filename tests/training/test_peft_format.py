@@ -55,7 +55,7 @@ def test_the_card_s_snippet_loads_the_lora(lora, pairs, tmp_path):
     code = card.split("```python")[1].split("```")[0]
     *loading, last = code.strip().splitlines()
     assert last.startswith("image = pipeline(")
-    places = {'"the base model"': repr(str(tmp_path / "base")), '"output"': repr(str(tmp_path / "output"))}
+    places = {'"path/to/base"': repr(str(tmp_path / "base")), '"output"': repr(str(tmp_path / "output"))}
     for written, place in places.items():
         assert written in code
         loading = [line.replace(written, place) for line in loading]

@@ -1,5 +1,10 @@
 """What the papers say: one folder per algorithm, with its options, its loss and its trainer."""
 
+from collections.abc import Iterator
+from typing import Any
+
+from ..training.config import DiffusionPreferenceConfig
+from ..training.trainer import DiffusionTrainer
 from .diffusion_dpo.config import DiffusionDPOConfig
 from .diffusion_dpo.trainer import DiffusionDPOTrainer
 from .mapo.config import MaPOConfig
@@ -14,3 +19,25 @@ TRAINERS = {
     "diffusion-dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
     "self-npo": (SelfNPOConfig, SelfNPOTrainer),
 }
+
+
+def trainer_of(config: DiffusionPreferenceConfig) -> type[DiffusionTrainer]:
+    """The trainer that takes a config: one of the table, or of an algorithm from outside.
+
+    Raises:
+        TypeError: There is none.
+    """
+    kinds = {trainer.config_class: trainer for trainer in _subclasses(DiffusionTrainer)}
+    kind = next((kinds[config_class] for config_class in type(config).__mro__ if config_class in kinds), None)
+    if kind is None:
+        raise TypeError(
+            f"cfg is a {type(config).__name__}. Pass the config that the trainer will get: "
+            f"{', '.join(config_class.__name__ for config_class, _ in TRAINERS.values())}."
+        )
+    return kind
+
+
+def _subclasses(kind: Any) -> Iterator[type[DiffusionTrainer]]:
+    for trainer in kind.__subclasses__():
+        yield trainer
+        yield from _subclasses(trainer)

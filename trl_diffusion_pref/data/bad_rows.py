@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 
@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 OnBadRow = Literal["raise", "skip"]
 _LISTED = 10
+# For it no row is to blame, so that none is left out.
+_MISSING_PACKAGE = "missing package"
 
 
 @dataclass(frozen=True, order=True)
@@ -22,12 +24,14 @@ class RowProblem:
         place: Where in the row, such as "column 'chosen'".
         reason: Completes "row 3, column 'chosen': ...".
         kind: By which such rows are counted.
+        handling: What happens with the row where an option of its own decides that; None for `on_bad_row`.
     """
 
     row: int
     place: str
     reason: str
     kind: str
+    handling: OnBadRow | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return f"row {self.row}, {self.place}: {self.reason}"
@@ -62,6 +66,10 @@ class BadRowPolicy:
         if self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio={self.max_aspect_ratio}: it must be at least 1.")
 
+    def stops(self, problem: RowProblem) -> bool:
+        """Whether this problem alone stops a run."""
+        return (problem.handling or self.on_bad_row) == "raise"
+
     def apply(self, problems: Sequence[RowProblem], count: int, label: str) -> dict[str, int]:
         """Raises, or logs what is left out.
 
@@ -74,38 +82,53 @@ class BadRowPolicy:
             How many rows are left out, by kind.
 
         Raises:
-            ValueError: There are bad rows and the policy is "raise", or too many for "skip"; or a package is missing,
-                for which no row is to blame.
+            ValueError: There are bad rows and the policy, or the handling of any of them, is "raise"; or too many for
+                "skip", among which those with a handling of their own do not count; or all would be left out; or a
+                package is missing.
         """
         if not problems:
             return {}
-        first = {problem.row: problem for problem in sorted(problems, reverse=True)}
-        kinds = dict(Counter(problem.kind for problem in first.values()).most_common())
-        share = len(first) / count
-        if self.on_bad_row == "raise" or share > self.max_bad_share or "missing package" in kinds:
-            raise ValueError(self._listed(problems, first, kinds, count, label))
-        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        logger.warning(f"{label}: {len(first)} of {count} rows are left out, {share:.2%} ({counts}).")
+        # A sample that is in several pairs of a ranking is named once.
+        problems = sorted(set(problems))
+        first = {problem.row: problem for problem in reversed(problems)}
+        kinds = _kinds(first.values())
+        shown = [problem for problem in problems if self.stops(problem) or problem.kind == _MISSING_PACKAGE]
+        bad = [problem for problem in problems if problem.handling is None]
+        if not shown and len({problem.row for problem in bad}) > self.max_bad_share * count:
+            shown = bad
+        if shown:
+            raise ValueError(self._listed(shown, count, label))
+        counts = _in_words(kinds)
+        if len(first) == count:
+            raise ValueError(f"{label}: all {count} rows would be left out ({counts}), and none is left to use.")
+        logger.warning(f"{label}: {len(first)} of {count} rows are left out, {len(first) / count:.2%} ({counts}).")
         return kinds
 
-    def _listed(
-        self,
-        problems: Sequence[RowProblem],
-        first: dict[int, RowProblem],
-        kinds: dict[str, int],
-        count: int,
-        label: str,
-    ) -> str:
-        lines = [str(problem) for problem in sorted(problems)]
-        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-        listed = "\n  ".join([*lines[:_LISTED], *more])
-        counts = ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-        message = f"{label} has rows that cannot be used:\n  {listed}\n{len(first)} of {count} rows: {counts}.\n"
-        if "missing package" in kinds:
+    def _listed(self, problems: Sequence[RowProblem], count: int, label: str) -> str:
+        first = {problem.row: problem for problem in reversed(problems)}
+        kinds = _kinds(first.values())
+        more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
+        listed = "\n  ".join([*map(str, problems[:_LISTED]), *more])
+        message = (
+            f"{label} has rows that cannot be used:\n  {listed}\n{len(first)} of {count} rows: {_in_words(kinds)}.\n"
+        )
+        if any(problem.kind == _MISSING_PACKAGE for problem in problems):
             return message + "Install what is missing; no row is left out for it."
-        if self.on_bad_row == "raise":
-            return message + "Repair them, or set on_bad_row='skip' to leave them out."
+        if any(map(self.stops, problems)):
+            options = ["on_bad_row='skip'"] * any(problem.handling is None for problem in problems)
+            # The one kind of problem with an option of its own.
+            options += ["on_aspect_difference='skip'"] * any(problem.handling == "raise" for problem in problems)
+            return message + f"Repair them, or set {' and '.join(options)} to leave them out."
         return message + (
             f"on_bad_row='skip' leaves out at most max_bad_share={self.max_bad_share:g} of the rows. Look at them, "
             "and raise the option if they may be left out."
         )
+
+
+def _kinds(problems: Iterable[RowProblem]) -> dict[str, int]:
+    """How many there are of each kind, the most frequent first."""
+    return dict(Counter(problem.kind for problem in problems).most_common())
+
+
+def _in_words(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in kinds.items())

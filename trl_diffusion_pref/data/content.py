@@ -4,9 +4,12 @@ The key of a row says what decides its encoding. It does not change where rows a
 added, or files are moved or touched; it does change where a file's content changes.
 """
 
+import logging
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +22,9 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import ExifTags
 from PIL import Image as PILImage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
+from xxhash import xxh3_128
 
 from .bad_rows import RowProblem
 from .decode.cell import CellProblem, paths_outside, read_cell
@@ -29,11 +33,15 @@ from .layouts import Layout, dataset_fingerprint
 from .shards import KEY, as_keys, key_of
 
 
+logger = logging.getLogger(__name__)
+
 # Part of every key: raise it when a key would mean something else.
 _VERSION = 1
 _BATCH = 256
 # Orientations of EXIF at which width and height change places.
 _ON_ITS_SIDE = (5, 6, 7, 8)
+# Names of the parts of a PNG file in which Pillow finds one.
+_PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 Size = tuple[int, int]
 
 
@@ -52,25 +60,28 @@ def cell_key(cell: object) -> bytes:
             return key_of("numbers", np.asarray(cell).tobytes())
         return key_of("list", *(cell_key(read_cell(item)) for item in cell))
     if isinstance(cell, PILImage.Image):
-        return key_of("image", cell.mode, cell.size, cell.tobytes())
+        return key_of("image", cell.mode, cell.size, cell.tobytes(), cell.getpalette() or [])
     return key_of("other", repr(cell))
 
 
 def _url(cell: object) -> str | None:
-    """Where a cell lies, if that is no plain file on this machine."""
+    """Where a cell lies, if that is no file on this machine, nor in an archive on it."""
     path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
-    return str(path) if isinstance(path, (str, os.PathLike)) and "://" in str(path) else None
+    if not isinstance(path, (str, os.PathLike)) or "://" not in str(path) or os.path.isfile(_file_of(str(path))):
+        return None
+    return str(path)
 
 
-def _url_key(url: str) -> bytes:
-    # An archive on this machine may be replaced; its name is what stands after "::".
-    archive = url.rpartition("::")[2]
-    return key_of("url", url, _stamp(archive) if "::" in url and os.path.isfile(archive) else ())
+def _file_of(path: str) -> str:
+    """The file itself, or the archive that it is in, whose name stands after "::"."""
+    return path.rpartition("::")[2]
 
 
 def _stamp(path: str) -> tuple[int, ...]:
     """What changes with a file, unless somebody hides it: the time of the last change of status cannot be set."""
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
@@ -84,6 +95,12 @@ def image_size(cell: object) -> Size | None:
         image = open_image(cell) if isinstance(cell, bytes) else cell
         if not isinstance(image, PILImage.Image):
             return None
+        if image.format == "PNG" and isinstance(cell, bytes) and not any(mark in cell for mark in _PNG_ORIENTATION):
+            # Pillow would decode the whole image to see whether an orientation follows it.
+            return image.size
+        if image.format == "TIFF":
+            # Pillow turns it while decoding, some versions its size before.
+            image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation) in _ON_ITS_SIDE
     # Pillow's parsers raise nearly any exception for damaged files; decoding will say what is wrong.
     except Exception:
@@ -119,12 +136,7 @@ def contents_of(
         folder: Keeps the result.
         sizes: Of which images the size is wanted; those behind URLs have to be downloaded for it.
     """
-    stamps = [
-        (path, _stamp(path))
-        for column in layout.media
-        for path in paths_outside(dataset.data.column(column))
-        if os.path.isfile(path)
-    ]
+    stamps = _stamps_of(dataset, layout.media)
     found_by = key_of(_VERSION, dataset_fingerprint(dataset), list(layout.media), sizes, stamps)
     file = folder / f"contents-{found_by.hex()}.safetensors"
     # All processes must decide alike, also where nodes have caches of their own.
@@ -136,21 +148,42 @@ def contents_of(
     gathered = gather_object([(share.start, keys, shapes, problems)])
     gathered.sort(key=lambda part: part[0])
     contents = Contents(
-        as_keys([key for _, keys, _, _ in gathered for key in keys]),
+        np.concatenate([keys for _, keys, _, _ in gathered]),
         np.concatenate([shapes for _, _, shapes, _ in gathered]),
         [problem for *_, problems in gathered for problem in problems],
     )
     # A file that is missing now may be there in the next run.
     if not contents.problems and PartialState().is_local_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{uuid4().hex}")
-        whole = {
-            "keys": torch.from_numpy(contents.keys.view(np.uint8).reshape(len(dataset), -1).copy()),
-            "sizes": torch.from_numpy(contents.sizes),
-        }
-        save_file(whole, unfinished)
-        unfinished.replace(file)
+        _keep(contents, file)
     return contents
+
+
+def _keep(contents: Contents, file: Path) -> None:
+    unfinished = file.with_suffix(f".{uuid4().hex}")
+    whole = {
+        "keys": torch.from_numpy(contents.keys.view(np.uint8).reshape(len(contents.keys), -1).copy()),
+        "sizes": torch.from_numpy(contents.sizes),
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(save(whole))
+        unfinished.replace(file)
+    except OSError as error:
+        # A cache that may only be read, or a full disk, costs the next run time and this one nothing.
+        logger.info("%s cannot be written (%s), so that the next run reads all samples again.", file, error)
+        with suppress(OSError):
+            unfinished.unlink()
+
+
+def _stamps_of(dataset: Dataset, columns: Sequence[str]) -> bytes:
+    """A digest of the paths of all files that a data set refers to and of what changes with each."""
+    digest = xxh3_128()
+    for column in columns:
+        for path in paths_outside(dataset.data.column(column)):
+            # What is no plain file on this machine has no stamp.
+            with suppress(OSError, ValueError):
+                digest.update(repr((path, _stamp(_file_of(path)))).encode())
+    return digest.digest()
 
 
 def _share(count: int) -> range:
@@ -162,8 +195,8 @@ def _share(count: int) -> range:
 
 def _read(
     dataset: Dataset, layout: Layout, rows: range, label: str, *, sizes: Literal["none", "local", "all"]
-) -> tuple[list[bytes], np.ndarray, list[RowProblem]]:
-    keys: list[bytes] = []
+) -> tuple[np.ndarray, np.ndarray, list[RowProblem]]:
+    keys = np.zeros(len(rows), dtype=KEY)
     shapes = np.zeros((len(rows), len(layout.places), 2), dtype=np.int32)
     problems: list[RowProblem] = []
 
@@ -176,7 +209,7 @@ def _read(
             url, size = _url(cell), None
             try:
                 content = read_cell(cell) if url is None or sizes == "all" else None
-                parts.append(cell_key(content) if url is None else _url_key(url))
+                parts.append(cell_key(content) if url is None else key_of("url", url))
                 size = image_size(content) if sizes != "none" else None
             except CellProblem as problem:
                 wrong.append((place, problem))
@@ -187,7 +220,8 @@ def _read(
     with ThreadPoolExecutor(max_workers=4) as pool, bar:
         for batch, positions in batches(dataset, layout.media, rows, _BATCH):
             for row, (key, found, wrong) in zip(positions, pool.map(read, batch), strict=True):
-                keys.append(bytes(KEY.itemsize) if wrong else key)
+                if not wrong:
+                    keys[row - rows.start : row - rows.start + 1] = as_keys([key])
                 for index, size in enumerate(found):
                     shapes[row - rows.start, index] = size or (0, 0)
                 problems += [RowProblem(row, place, str(problem), problem.kind) for place, problem in wrong]

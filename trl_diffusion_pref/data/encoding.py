@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from .bad_rows import RowProblem
 from .batch import CONDITION, MEAN, SAMPLE, STD
 from .decode.cell import CellProblem
+from .image_shapes import shape_problems
 from .layouts import Layout
 from .options import EncodingOptions, as_stored
 from .preparation import Preparation
@@ -97,6 +100,12 @@ class RowEncoder:
                 problems.append(RowProblem(row, place, str(error), error.kind))
                 continue
             notes = preparation.notes(decoded[-1]) | notes
+        # Those of stored data sets are known from headers already; not those of streams and behind URLs.
+        if decoded and not problems and all(isinstance(item, Image) for item in decoded):
+            sizes = np.asarray([[item.size for item in decoded]], dtype=np.int32)
+            problems = [
+                replace(found, row=row) for found in shape_problems(sizes, layout, self.options.bad_rows, None)
+            ]
         if problems:
             return _bad(row, problems)
         samples = [preparation.tensor(sample, crop_at, flip) for sample in decoded]

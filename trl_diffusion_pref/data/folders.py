@@ -201,11 +201,19 @@ def _text(data: bytes, place: str) -> str:
 @contextmanager
 def _opened(tar: str | Path) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(tar) as archive:
+        # Uncompressed alone: a member of a compressed archive could be as large as it wants.
+        with tarfile.open(tar, "r:") as archive:
             yield archive
     except (tarfile.TarError, EOFError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{tar} cannot be read as a tar archive ({reason}). Copy it again.") from error
+        advice = "It is compressed; unpack it." if _is_compressed(tar) else "Copy it again."
+        raise ValueError(f"{tar} cannot be read as a tar archive ({reason}). {advice}") from error
+
+
+def _is_compressed(file: str | Path) -> bool:
+    """Whether a file begins as gzip, bzip2, xz or zstandard files do."""
+    with open(file, "rb") as start:
+        return start.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"))
 
 
 def _check_members(tar: str | Path, key: str, members: Mapping[str, object], columns: Iterable[str]) -> None:
@@ -224,10 +232,12 @@ def _keys_of(archive: tarfile.TarFile, tar: str | Path) -> Iterator[tuple[str, d
     current, members = None, dict[str, tarfile.TarInfo]()
     for member in archive:
         path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
+        # A sparse member may claim terabytes of zeros.
+        is_file = member.isreg() and not member.issparse()
+        if path.is_absolute() or ".." in path.parts or not (is_file or member.isdir()):
             raise ValueError(
-                f"{tar}: the member {member.name!r} is a link, or its path leads out of the archive, which is not "
-                "read. Pack the archive again from files alone."
+                f"{tar}: the member {member.name!r} is a link or a sparse file, or its path leads out of the archive, "
+                "which is not read. Pack the archive again from plain files."
             )
         name = re.fullmatch(r"((?:.*/)?[^./][^./]*)\.([^/]*)", member.name)
         if member.isdir() or name is None:

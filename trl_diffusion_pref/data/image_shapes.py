@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,10 +21,11 @@ _NOTEWORTHY_CROP = 0.25
 def shape_problems(
     sizes: np.ndarray, layout: Layout, policy: BadRowPolicy, buckets: BucketOptions | None
 ) -> list[RowProblem]:
-    """Images that are too small or too thin, and rows whose images differ too much in shape.
+    """Images that are too small or too thin, and rows whose samples differ too much in shape.
 
     Args:
-        sizes: `(N, M, 2)` widths and heights in pixels of each row's images; 0 where they are not known.
+        sizes: `(N, M, 2)` widths and heights in pixels of each row's images as they are shown, samples first; 0 where
+            they are not known.
         buckets: None without.
     """
     sizes, count, problems = sizes.astype(np.int64), layout.num_samples, []
@@ -46,12 +48,55 @@ def shape_problems(
         for row in rows[differences > buckets.max_aspect_difference].tolist():
             shapes = " and ".join(f"{width}x{height}" for width, height in sizes[row, :count].tolist())
             reason = f"images of {shapes} pixels; max_aspect_difference is {buckets.max_aspect_difference:g}"
-            problems.append(RowProblem(row, " and ".join(layout.places[:count]), reason, "different shapes"))
+            places = " and ".join(layout.places[:count])
+            problems.append(RowProblem(row, places, reason, "different shapes", buckets.on_aspect_difference))
     return problems
 
 
-def report_cropping(sizes: np.ndarray, buckets: np.ndarray, shapes: Sequence[tuple[int, int]], label: str) -> None:
-    """Logs which share of the pixels cropping removes; a warning where an image loses more than a quarter.
+@dataclass(frozen=True)
+class CroppingReport:
+    """What bringing images to their shapes cuts away.
+
+    Args:
+        images: Those whose size is known.
+        unknown: The others, such as images behind URLs.
+        mean_share: Mean of the shares of its pixels that each image loses, in [0, 1).
+        largest_share: Of the image that loses most.
+        largest_size: Its width and height in pixels.
+        largest_shape: Height and width that it is brought to.
+        noteworthy: Images that lose more than a quarter.
+        shapes: How many shapes there are to choose from.
+    """
+
+    images: int
+    unknown: int
+    mean_share: float
+    largest_share: float
+    largest_size: tuple[int, int]
+    largest_shape: tuple[int, int]
+    noteworthy: int
+    shapes: int
+
+    @property
+    def is_noteworthy(self) -> bool:
+        """Whether an image loses more than a quarter."""
+        return self.noteworthy > 0
+
+    def __str__(self) -> str:
+        (width, height), (to_height, to_width) = self.largest_size, self.largest_shape
+        text = (
+            f"cropping removes {self.mean_share:.1%} of an image's pixels on average, at most "
+            f"{self.largest_share:.1%} (of {width}x{height} pixels, brought to {to_width}x{to_height})"
+        )
+        if self.is_noteworthy:
+            text += f"; {self.noteworthy} of {self.images} images lose more than {_NOTEWORTHY_CROP:.0%}"
+        return text + (f". The sizes of {self.unknown} images are not known" if self.unknown else "")
+
+
+def cropping_report(
+    sizes: np.ndarray, buckets: np.ndarray, shapes: Sequence[tuple[int, int]]
+) -> CroppingReport | None:
+    """How much of images cropping removes; None where no image's size is known.
 
     Args:
         sizes: As in `shape_problems`.
@@ -60,16 +105,35 @@ def report_cropping(sizes: np.ndarray, buckets: np.ndarray, shapes: Sequence[tup
     """
     of_images = np.repeat(buckets[:, None], sizes.shape[1], axis=1)
     flat = np.concatenate([sizes, of_images[:, :, None]], axis=2).reshape(-1, 3)
-    distinct, counts = np.unique(flat[flat[:, 0] > 0], axis=0, return_counts=True)
-    if not len(distinct):
-        return
+    known = flat[(flat[:, :2] > 0).all(axis=1)]
+    if not len(known):
+        return None
+    # Few sizes are distinct.
+    distinct, counts = np.unique(known, axis=0, return_counts=True)
     shares = np.asarray(
         [cropped_share((width, height), shapes[bucket]) for width, height, bucket in distinct.tolist()]
     )
-    mean, most = float(np.average(shares, weights=counts)), float(shares.max())
-    advice = " aspect_ratio_buckets=True trains images in their own shapes." if len(shapes) == 1 else ""
-    logger.log(
-        logging.WARNING if most > _NOTEWORTHY_CROP else logging.INFO,
-        f"{label}: cropping removes {mean:.1%} of the pixels of all images, and {most:.0%} of the image that loses "
-        f"most.{advice if most > _NOTEWORTHY_CROP else ''}",
+    width, height, bucket = distinct[int(shares.argmax())].tolist()
+    return CroppingReport(
+        images=len(known),
+        unknown=len(flat) - len(known),
+        mean_share=float(np.average(shares, weights=counts)),
+        largest_share=float(shares.max()),
+        largest_size=(width, height),
+        largest_shape=shapes[bucket],
+        noteworthy=int(counts[shares > _NOTEWORTHY_CROP].sum()),
+        shapes=len(shapes),
     )
+
+
+def log_cropping(report: CroppingReport, label: str) -> None:
+    """Logs a report; as a warning where an image loses more than a quarter of its pixels."""
+    advice = ""
+    if report.is_noteworthy:
+        advice = (
+            " on_aspect_difference='skip' leaves out pairs of different shapes, and a lower max_aspect_ratio takes "
+            "longer images for rows that cannot be used."
+            if report.shapes > 1
+            else " aspect_ratio_buckets=True trains images in their own shapes."
+        )
+    logger.log(logging.WARNING if report.is_noteworthy else logging.INFO, f"{label}: {report}.{advice}")

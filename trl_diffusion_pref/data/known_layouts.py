@@ -211,6 +211,15 @@ KNOWN_LAYOUTS: tuple[KnownLayout, ...] = (
 )
 
 
+# Columns of published data with one sample and one vote per row.
+_SINGLE_VOTES = (
+    {"file_name", "caption", "split"},
+    {"image", "caption", "split"},
+    {"prompt", "image", "label"},
+    {"prompt", "image", "reward"},
+)
+
+
 # ---- Which entry fits --------------------------------------------------------------------------------------------
 
 
@@ -298,6 +307,14 @@ def recognise_layout(columns: Sequence[str], label: str, column_map: Mapping[str
 
 def _unknown_layout(columns: Sequence[str], label: str, column_map: Mapping[str, str]) -> str:
     """What to say of columns that no layout has."""
+
+    single = next((votes for votes in _SINGLE_VOTES if votes <= set(columns)), None)
+    if single is not None and not column_map:
+        return (
+            f"{label} has one sample and what was said of it in each row ({', '.join(sorted(single))}), as "
+            "Diffusion-KTO's data have. Pairs need two samples of one prompt in each row (prompt, chosen, rejected), "
+            "or a list of samples with scores; no trainer of this package learns from single votes."
+        )
 
     def share_found(layout: KnownLayout) -> float:
         return len(set(layout.needed) & set(_resolve(layout, columns, column_map))) / len(layout.needed)

@@ -1,12 +1,37 @@
 """What a row may hold: which columns an algorithm reads, and what their cells must be."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 
+from ..diffusion.randomness import CAPTION, generator_for
 from .bad_rows import RowProblem
+
+
+class Between(NamedTuple):
+    """Numbers from `least` to `most`, both included."""
+
+    least: float
+    most: float
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, Real) and self.least <= float(value) <= self.most
+
+    def __str__(self) -> str:
+        return f"in [{self.least:g}, {self.most:g}]"
+
+
+class OneOf(frozenset[float]):
+    """Some numbers; True and False are 1 and 0."""
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(f'{value:g}' for value in sorted(self))}"
 
 
 @dataclass(frozen=True)
@@ -20,6 +45,8 @@ class Layout:
         conditions: Columns of images that the model is conditioned on, shared by the row's samples.
         scalars: Columns of numbers, one per row or, for rankings, one per sample.
         optional_scalars: The same, read where the data set has them.
+        ranges: What the numbers of a column may be: the least and the largest, or all that there are. Columns that are
+            not named here may have any finite number.
     """
 
     samples: tuple[str, ...] = ()
@@ -27,6 +54,7 @@ class Layout:
     conditions: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
     optional_scalars: tuple[str, ...] = ()
+    ranges: Mapping[str, Between | OneOf] = field(default_factory=dict)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -123,11 +151,26 @@ def check_columns(
         )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{label} has no rows.")
-    if "label_0" in columns and layout.samples == PAIRS.samples:
+    vote = next((name for name in ("label_0", "label_1") if name in columns), None)
+    if vote is not None and layout.samples == PAIRS.samples:
         raise ValueError(
-            f"{label} has the columns chosen and rejected beside label_0, which says for each row which of two images "
+            f"{label} has the columns chosen and rejected beside {vote}, which says for each row which of two images "
             "was preferred. Put the preferred one into chosen row by row, leave ties out, and remove label_0 and "
             "label_1; renaming the columns trains on pairs in the wrong order."
+        )
+
+
+def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout: Layout) -> None:
+    """Raises if pairs have condition images that an algorithm would not see: they are pairs for editing.
+
+    Raises:
+        ValueError: They have.
+    """
+    if layout.samples == PAIRS.samples and not layout.conditions and "image" in column_names(dataset):
+        raise ValueError(
+            f"{label} has the column image, from which chosen and rejected were edited, and the trained model sees "
+            "the prompt alone: editing models are not supported. To train on the prompts all the same, remove the "
+            "column: load_pairs(...).remove_columns('image')."
         )
 
 
@@ -147,6 +190,42 @@ def captions_of(cell: Any) -> list[str]:
     return [caption for caption in captions if isinstance(caption, str)]
 
 
+def scalar_problems(columns: Mapping[str, Sequence[Any]], layout: Layout) -> list[RowProblem]:
+    """Numbers that are missing, no numbers, not finite, out of their range, or too few, with their rows from 0.
+
+    Args:
+        columns: The cells of the layout's columns of numbers.
+    """
+    problems, per_sample = [], layout.samples_per_cell
+    for column, cells in columns.items():
+        allowed = layout.ranges.get(column)
+        for row, cell in enumerate(cells):
+            if per_sample is None:
+                reason = _problem_of_number(cell, allowed)
+            elif not isinstance(cell, (list, tuple, np.ndarray)):
+                reason = f"is {_shown(cell)}, not a list of {per_sample} numbers"
+            elif len(cell) != per_sample:
+                reason = f"has {len(cell)} numbers for {per_sample} samples"
+            else:
+                reason = next(filter(None, (_problem_of_number(value, allowed) for value in cell)), None)
+            if reason is not None:
+                problems.append(RowProblem(row, f"column '{column}'", reason, "unusable label"))
+    return problems
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _problem_of_number(value: object, allowed: Between | OneOf | None) -> str | None:
+    if not isinstance(value, Real) or (isinstance(value, (bool, np.bool_)) and not isinstance(allowed, OneOf)):
+        return f"is {_shown(value)}, not a number"
+    if not math.isfinite(value):
+        return f"is {float(value)}, not a finite number"
+    return None if allowed is None or value in allowed else f"is {float(value):g}, not {allowed}"
+
+
 def prompt_problems(cells: Sequence[Any]) -> list[RowProblem]:
     """Prompts that are empty or no strings, with their rows, which are counted from 0."""
     problems = []
@@ -154,14 +233,22 @@ def prompt_problems(cells: Sequence[Any]) -> list[RowProblem]:
         captions = cell if isinstance(cell, (list, tuple)) else [cell]
         for caption in captions or [""]:
             if not isinstance(caption, str):
-                reason = f"is {type(caption).__name__}, not a string"
+                kind = "empty prompt" if caption is None else "wrong type"
+                reason = "is None" if caption is None else f"is {type(caption).__name__}, not a string"
             elif not caption.strip():
-                reason = "is empty"
+                kind, reason = "empty prompt", "is empty"
             else:
                 continue
-            problems.append(RowProblem(row, "column 'prompt'", reason, "prompt"))
+            problems.append(RowProblem(row, "column 'prompt'", reason, kind))
             break
     return problems
+
+
+def caption_number(count: int, seed: int, row: int, epoch: int) -> int:
+    """Which of a row's captions is used in an epoch: one drawn from the row's own random numbers."""
+    if count == 1:
+        return 0
+    return int(torch.randint(count, (1,), generator=generator_for(seed, CAPTION, row, epoch)))
 
 
 def named_datasets(eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:

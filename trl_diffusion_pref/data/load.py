@@ -54,6 +54,8 @@ _SPLITS = (
     ("train", "training"),
 )
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# The columns of samples of rows that are no pairs.
+SINGLE_SAMPLES = ("image", "video", "audio")
 
 
 def load_pairs(
@@ -65,6 +67,7 @@ def load_pairs(
     ranking_pairs: RankingPairs = "best_worst",
     min_score_difference: float = 0.0,
     ties: Ties = "drop",
+    soft_label: float = 1.0,
     label_noise: float = 0.0,
     preference_dimension: Dimension = "majority",
     seed: int = 0,
@@ -85,7 +88,7 @@ def load_pairs(
             * a WebDataset tar, several of them, or a folder of them
         split: Of a data set that has several. Files that are named one by one are one split.
         streaming: Whether rows are read when they are needed, in place of a copy in the cache of `datasets`.
-        column_map, ranking_pairs, min_score_difference, ties, label_noise, preference_dimension, seed: See
+        column_map, ranking_pairs, min_score_difference, ties, soft_label, label_noise, preference_dimension, seed: See
             `PairOptions`.
 
     Returns:
@@ -99,24 +102,50 @@ def load_pairs(
         ranking_pairs=ranking_pairs,
         min_score_difference=min_score_difference,
         ties=ties,
+        soft_label=soft_label,
         label_noise=label_noise,
         preference_dimension=preference_dimension,
         seed=seed,
     )
+    dataset, label = read_source(source, split=split, streaming=streaming, column_map=column_map)
+    return as_pairs(dataset, label, options)
+
+
+def read_source(
+    source: Source | Sequence[Source] | Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    column_map: Mapping[str, str] | None = None,
+    any_columns: bool = False,
+) -> tuple[Dataset | IterableDataset, str]:
+    """The rows of a source as they are stored, and what messages call it.
+
+    Args:
+        source, split, streaming, column_map: As for `load_pairs`.
+        any_columns: Whether files may have columns of no known layout. Paths are then made absolute in the columns
+            `image`, `video` and `audio`.
+
+    Raises:
+        ValueError: The source does not exist or cannot be read, or, without `any_columns`, files have no known layout.
+    """
     if isinstance(source, (str, os.PathLike)):
         label = str(source)
     elif isinstance(source, (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)):
         label = "the data set"
     else:
         label = f"{source[0]} and {len(source) - 1} more" if len(source) > 1 else ", ".join(map(str, source))
-    return as_pairs(_Reader(label, split, streaming, column_map).read(source), label, options)
+    return _Reader(label, split, streaming, column_map, any_columns).read(source), label
 
 
 class _Reader:
     """Reads one source as a data set in whatever layout it has."""
 
-    def __init__(self, label: str, split: str, streaming: bool, column_map: Mapping[str, str] | None) -> None:
+    def __init__(
+        self, label: str, split: str, streaming: bool, column_map: Mapping[str, str] | None, any_columns: bool
+    ) -> None:
         self.label, self.split, self.streaming, self.column_map = label, split, streaming, column_map
+        self.any_columns = any_columns
 
     def read(self, source: Any) -> Dataset | IterableDataset:
         """The data set of a source that `load_pairs` takes."""
@@ -217,7 +246,13 @@ class _Reader:
 
     def _resolved(self, dataset: Dataset | IterableDataset, folder: Path) -> Dataset | IterableDataset:
         """The data set with absolute paths in columns of samples."""
-        media = recognise_layout(column_names(dataset), self.label, self.column_map).media
+        columns = column_names(dataset)
+        try:
+            media = recognise_layout(columns, self.label, self.column_map).media
+        except ValueError:
+            if not self.any_columns or self.column_map:
+                raise
+            media = tuple(name for name in SINGLE_SAMPLES if name in columns)
         if dataset.features is not None:
             media = tuple(name for name in media if _holds_paths(dataset.features[name]))
         if isinstance(dataset, IterableDataset):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .bad_rows import BadRowPolicy
 from .buckets import BucketOptions
+from .pair_options import PairOptions
 from .resolution import Resolution
 
 
@@ -31,6 +32,7 @@ class EncodingOptions:
         keep_std: Whether the posterior's standard deviation is kept, which only sampling from it needs.
         buckets: Whether images of several shapes are encoded in their own.
         bad_rows: What happens with rows that cannot be used.
+        pairs: How rows became pairs, which a run that takes an encoded data set compares with its own.
     """
 
     resolution: Resolution = None
@@ -42,6 +44,7 @@ class EncodingOptions:
     keep_std: bool = True
     buckets: BucketOptions = field(default_factory=BucketOptions)
     bad_rows: BadRowPolicy = field(default_factory=BadRowPolicy)
+    pairs: PairOptions | None = None
 
     @property
     def draws(self) -> bool:

@@ -26,8 +26,9 @@ class PairOptions:
             least 0; needs a layout that has one of these.
         ties: What happens to pairs of equally good samples. "drop" leaves them out, "half" keeps them with a
             `soft_label` of 0.5, "keep" keeps them as if the first one had been preferred.
+        soft_label: With ties="half", the `soft_label` of the other pairs where the data have none, in [0, 1].
         label_noise: The share of pairs whose samples are swapped, in [0, 1), for experiments with wrong labels. It is
-            decided for each row by `seed` and the row's number. `soft_label` s becomes 1 - s.
+            decided for each row by `seed` and the row's number. `soft_label` stays, so that it is wrong too.
         preference_dimension: For VideoAlign: visual quality "VQ", motion quality "MQ", text alignment "TA", or
             "majority", the video that is better in more of the three.
         seed: For `label_noise`.
@@ -40,6 +41,7 @@ class PairOptions:
     ranking_pairs: RankingPairs = "best_worst"
     min_score_difference: float = 0.0
     ties: Ties = "drop"
+    soft_label: float = 1.0
     label_noise: float = 0.0
     preference_dimension: Dimension = "majority"
     seed: int = 0
@@ -56,6 +58,10 @@ class PairOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(get_args(literal))}.")
         if not (self.min_score_difference >= 0 and math.isfinite(self.min_score_difference)):
             raise ValueError(f"min_score_difference={self.min_score_difference} must be finite and at least 0.")
+        if not 0 <= self.soft_label <= 1:
+            raise ValueError(f"soft_label={self.soft_label} is outside [0, 1].")
+        if self.soft_label != 1 and self.ties != "half":
+            raise ValueError(f"soft_label={self.soft_label} does nothing without ties='half'. Leave it out.")
         if not 0 <= self.label_noise < 1:
             raise ValueError(f"label_noise={self.label_noise} is outside [0, 1).")
         if self.min_score_difference and self.ties != "drop":

@@ -221,6 +221,8 @@ def stream_pairs(dataset: IterableDataset, match: Match, make_rows: MakeRows, so
         make_rows: The pairs of a batch of rows with these numbers.
         soft: Whether the pairs have soft labels.
     """
+    # Another format, such as tensors or Arrow tables, would reach the function that makes the pairs.
+    dataset = dataset.with_format(None)
     columns = column_names(dataset)
     kept = {name: name for name in _kept_columns(match, columns)}
     if match.condition is not None:

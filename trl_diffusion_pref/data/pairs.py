@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
+from .bad_rows import RowProblem
 from .known_layouts import PAIRS_LAYOUT, Match, recognise_layout
 from .layouts import column_names
 from .pair_options import DEFAULT_OPTIONS, PairOptions, PairReport
 from .pair_rows import PairTable, build_pairs, stored_rows, stream_pairs
+from .pair_source import PairSource
 from .preference_labels import Cells, LabelProblem, Scores
 
 
@@ -80,6 +82,26 @@ def pairs_and_report(
     dataset: Dataset | IterableDataset, label: str, options: PairOptions = DEFAULT_OPTIONS
 ) -> tuple[Dataset | IterableDataset, PairReport | None]:
     """`as_pairs` and, except for a stream, `pair_report`, which is logged: as a warning if anything is left out."""
+    pairs, report, source = convert(dataset, label, options)
+    if source is not None:
+        _raise_problems(source.problems, source.rows, label)
+    return pairs, report
+
+
+class Converted(NamedTuple):
+    """A data set as pairs, what became of its rows, and where the pairs come from, if they are not its rows."""
+
+    pairs: Dataset | IterableDataset
+    report: PairReport | None
+    source: PairSource | None
+
+
+def convert(dataset: Dataset | IterableDataset, label: str, options: PairOptions = DEFAULT_OPTIONS) -> Converted:
+    """`pairs_and_report`, with rows of a stored data set whose labels cannot be used as problems of the source.
+
+    Raises:
+        ValueError: As `as_pairs`, and of such rows only if there are no others.
+    """
     match = _recognised(dataset, label, options)
     if isinstance(dataset, IterableDataset):
         if match.layout.shape == "rows":
@@ -88,16 +110,18 @@ def pairs_and_report(
                 "cannot be found together in a stream. Load the data set without streaming."
             )
         if _stays(match, options):
-            return dataset, None
+            return Converted(dataset, None, None)
         make_rows = partial(_rows_of_batch, match=match, label=label, options=options)
-        return stream_pairs(dataset, match, make_rows, _soft(match, options)), None
+        return Converted(stream_pairs(dataset, match, make_rows, _soft(match, options)), None, None)
     if _stays(match, options):
-        return dataset, _unchanged(dataset)
-    table, report = _plan(dataset, match, label, options)
-    logger.log(logging.WARNING if report.left_out else logging.INFO, "%s: %s.", label, report)
+        return Converted(dataset, _unchanged(dataset), None)
+    table, report, problems = plan_pairs(dataset, match, label, options)
     if not report.pairs:
+        _raise_problems(problems, len(dataset), label)
         raise ValueError(f"{label} has no pairs: {report}.")
-    return build_pairs(dataset, match, table, label), report
+    logger.log(logging.WARNING if report.left_out else logging.INFO, "%s: %s.", label, report)
+    source = PairSource(match, table, len(dataset), problems)
+    return Converted(build_pairs(dataset, match, table, label), report, source)
 
 
 def _stays(match: Match, options: PairOptions) -> bool:
@@ -134,13 +158,11 @@ def _scores_of(match: Match, cells: Cells, count: int, options: PairOptions) -> 
     layout = match.layout
     scores = layout.read_scores(cells, options.preference_dimension)
     if scores is not None and len(scores) != count:
-        raise LabelProblem(
-            f"column '{layout.labels[0]}': has {len(scores)} entries for the {count} samples in column "
-            f"'{match.samples[0]}'"
-        )
+        reason = f"has {len(scores)} entries for the {count} samples in column '{match.samples[0]}'"
+        raise LabelProblem(layout.labels[0], reason)
     stated = cells.get("soft_label", 1.0)
     if not isinstance(stated, (int, float)) or not 0 <= stated <= 1:
-        raise LabelProblem(f"column 'soft_label': is {stated!r}, not a probability in [0, 1]")
+        raise LabelProblem("soft_label", f"is {stated!r}, not a probability in [0, 1]")
     return scores
 
 
@@ -171,11 +193,12 @@ def _pairs_of(
             continue
         soft_label = None
         if _soft(match, options):
-            certain = float(cells.get("soft_label", 1.0))  # type: ignore[arg-type]  # checked by _scores_of
+            certain = float(cells.get("soft_label", options.soft_label))  # type: ignore[arg-type]  # checked by _scores_of
             soft_label = scores[chosen] if match.layout.shares else 0.5 if tie else certain
         pair = Pair(chosen, rejected, soft_label)
         if options.label_noise and _uniform(options.seed, row, number) < options.label_noise:
-            pair = Pair(rejected, chosen, None if soft_label is None else 1 - soft_label)
+            # The soft label stays: with 1 - s the swapped pair would say the same as before.
+            pair = Pair(rejected, chosen, soft_label)
             counts["swapped"] += 1
         counts["ties_kept"] += tie
         counts["pairs"] += 1
@@ -188,18 +211,34 @@ def _uniform(*key: int) -> float:
     return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) / 2**64
 
 
-def _problem(row: int, error: LabelProblem, match: Match) -> str:
-    text = str(error)
-    for name, column in match.labels.items():
-        text = text.replace(f"'{name}'", f"'{column}'")
-    return f"row {row}, {text}"
+def row_pairs(
+    row: int, cells: Cells, count: int, match: Match, options: PairOptions, counts: Counter[str]
+) -> list[Pair] | RowProblem:
+    """The pairs of a row that holds all samples of its ranking, or why its labels cannot be used.
+
+    Args:
+        row: Its number.
+        cells: Its labels by the layout's names.
+        count: How many samples it has.
+        counts: What becomes of rows, by the names of `PairReport`; it is added to.
+    """
+    try:
+        return _pairs_of(_scores_of(match, cells, count, options), row, match, cells, options, counts)
+    except LabelProblem as error:
+        return _problem(row, error, match)
 
 
-def _raise_problems(problems: Sequence[str], rows: int, label: str) -> None:
+def _problem(row: int, error: LabelProblem, match: Match) -> RowProblem:
+    columns = [f"'{match.columns.get(name, name)}'" for name in error.columns]
+    place = f"column{'s' * (len(columns) > 1)} {' and '.join(columns)}"
+    return RowProblem(row, place, str(error), "unusable label")
+
+
+def _raise_problems(problems: Sequence[RowProblem], rows: int, label: str) -> None:
     """Lists the first ten rows that cannot be used, if there are any."""
     if problems:
         more = [f"and {len(problems) - 10} more"] * (len(problems) > 10)
-        listed = "\n  ".join([*problems[:10], *more])
+        listed = "\n  ".join([*map(str, problems[:10]), *more])
         raise ValueError(
             f"{label} has labels that cannot be used, in {len(problems)} of {rows} rows:\n  {listed}\nRepair them, or "
             "leave these rows out: dataset.filter(lambda row, index: index not in bad_rows, with_indices=True)."
@@ -210,7 +249,19 @@ def _raise_problems(problems: Sequence[str], rows: int, label: str) -> None:
 
 
 def _plan(dataset: Dataset, match: Match, label: str, options: PairOptions) -> tuple[PairTable, PairReport]:
-    """All pairs of a stored data set, from its labels alone: no sample is read."""
+    table, report, problems = plan_pairs(dataset, match, label, options)
+    _raise_problems(problems, len(dataset), label)
+    return table, report
+
+
+def plan_pairs(
+    dataset: Dataset, match: Match, label: str, options: PairOptions
+) -> tuple[PairTable, PairReport, list[RowProblem]]:
+    """All pairs of a stored data set, from its labels alone: no sample is read.
+
+    Returns:
+        The pairs, what became of the rows, and the rows whose labels cannot be used.
+    """
     layout, counts, problems = match.layout, Counter[str](), []
     lengths: Sequence[int] | np.ndarray = [len(layout.samples)] * len(dataset)
     if layout.shape == "list":
@@ -223,10 +274,10 @@ def _plan(dataset: Dataset, match: Match, label: str, options: PairOptions) -> t
             if layout.ranking_id is not None and scores is not None:
                 ranking, prompt = cells[layout.ranking_id], cells[layout.prompt]
                 if ranking is None:
-                    raise LabelProblem(f"column '{layout.ranking_id}': is None, so the ranking is not known")
+                    raise LabelProblem(layout.ranking_id, "is None, so the ranking is not known")
                 rows, known, first_prompt = rankings.setdefault(ranking, ([], [], prompt))
                 if prompt != first_prompt:
-                    raise LabelProblem(f"column '{layout.prompt}': differs from row {rows[0]}, of the same ranking")
+                    raise LabelProblem(layout.prompt, f"differs from row {rows[0]}, of the same ranking")
                 rows.append(row)
                 known += scores
                 continue
@@ -234,7 +285,6 @@ def _plan(dataset: Dataset, match: Match, label: str, options: PairOptions) -> t
             problems.append(_problem(row, error, match))
             continue
         pairs += [(row, pair) for pair in _pairs_of(scores, row, match, cells, options, counts)]
-    _raise_problems(problems, len(dataset), label)
     for rows, known, _ in rankings.values():
         for chosen, rejected, soft_label in _pairs_of(known, rows[0], match, {}, options, counts):
             pairs.append((rows[0], Pair(rows[chosen], rows[rejected], soft_label)))
@@ -247,7 +297,8 @@ def _plan(dataset: Dataset, match: Match, label: str, options: PairOptions) -> t
         else None,
     )
     found = len(rankings) if layout.shape == "rows" else len(dataset)
-    return table, PairReport(layout=layout.name, rows=len(dataset), rankings=found, **{"pairs": 0, **counts})
+    report = PairReport(layout=layout.name, rows=len(dataset), rankings=found, **{"pairs": 0, **counts})
+    return table, report, problems
 
 
 def _label_cells(dataset: Dataset, match: Match) -> Iterator[Cells]:
@@ -282,17 +333,16 @@ def _rows_of_batch(
     batch: dict[str, list[Any]], rows: list[int], *, match: Match, label: str, options: PairOptions
 ) -> Iterator[tuple[int, Any, Any, float | None]]:
     """The pairs of a batch: position in the batch, chosen cell, rejected cell, soft label."""
-    problems: list[str] = []
+    problems: list[RowProblem] = []
     for position, row in enumerate(rows):
         cells = {name: batch[column][position] for name, column in match.labels.items()}
         samples = [batch[column][position] for column in match.samples]
         if match.layout.shape == "list":
             samples = samples[0] or []
-        try:
-            scores = _scores_of(match, cells, len(samples), options)
-        except LabelProblem as error:
-            problems.append(_problem(row, error, match))
+        pairs = row_pairs(row, cells, len(samples), match, options, Counter())
+        if isinstance(pairs, RowProblem):
+            problems.append(pairs)
             continue
-        for chosen, rejected, soft_label in _pairs_of(scores, row, match, cells, options, Counter()):
+        for chosen, rejected, soft_label in pairs:
             yield position, samples[chosen], samples[rejected], soft_label
     _raise_problems(problems, len(rows), label)

@@ -20,7 +20,16 @@ PREFERS_FIRST, PREFERS_SECOND, TIE = (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)
 
 
 class LabelProblem(Exception):
-    """A row's labels cannot be used; the message completes "row 3, ..."."""
+    """A row's labels cannot be used.
+
+    Args:
+        columns: Where, by the layout's names of columns.
+        reason: Completes "row 3, column 'label_0': ...".
+    """
+
+    def __init__(self, columns: str | Sequence[str], reason: str) -> None:
+        super().__init__(reason)
+        self.columns = (columns,) if isinstance(columns, str) else tuple(columns)
 
 
 def _shown(value: object) -> str:
@@ -31,7 +40,7 @@ def _shown(value: object) -> str:
 def _number(column: str, value: object) -> float:
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    raise LabelProblem(f"column '{column}': is {_shown(value)}, not a finite number")
+    raise LabelProblem(column, f"is {_shown(value)}, not a finite number")
 
 
 def by_name(cells: Cells, dimension: Dimension) -> Scores:
@@ -55,15 +64,13 @@ def one_of(
         return meanings[float(value) if text and isinstance(value, str) else value]
     # TypeError: a list, which cannot be a key. ValueError: text that is not a number.
     except (KeyError, TypeError, ValueError) as error:
-        raise LabelProblem(
-            f"column '{column}': is {_shown(value)}, not one of {', '.join(map(str, meanings))}"
-        ) from error
+        raise LabelProblem(column, f"is {_shown(value)}, not one of {', '.join(map(str, meanings))}") from error
 
 
 def _list_of_numbers(cells: Cells, column: str) -> list[float]:
     values = cells[column]
     if not isinstance(values, (list, tuple)):
-        raise LabelProblem(f"column '{column}': is {_shown(values)}, not a list with one number per sample")
+        raise LabelProblem(column, f"is {_shown(values)}, not a list with one number per sample")
     return [_number(column, value) for value in values]
 
 
@@ -71,9 +78,7 @@ def list_of_scores(cells: Cells, dimension: Dimension, column: str, allowed: Seq
     """Higher scores are better. `allowed`: the only values that there may be."""
     values = _list_of_numbers(cells, column)
     if allowed and not set(values) <= set(allowed):
-        raise LabelProblem(
-            f"column '{column}': is {_shown(cells[column])}, not a list of {' and '.join(map(str, allowed))}"
-        )
+        raise LabelProblem(column, f"is {_shown(cells[column])}, not a list of {' and '.join(map(str, allowed))}")
     return values
 
 
@@ -93,13 +98,13 @@ def confidence(cells: Cells, dimension: Dimension, column: str) -> Scores:
         return PREFERS_FIRST
     value = _number(column, cells[column])
     if not 0 <= value <= 1:
-        raise LabelProblem(f"column '{column}': is {value:g}, not in [0, 1]")
+        raise LabelProblem(column, f"is {value:g}, not in [0, 1]")
     return value, 1 - value
 
 
-def _vote_shares(first: float, second: float, place: str) -> Scores:
+def _vote_shares(first: float, second: float, columns: Sequence[str]) -> Scores:
     if min(first, second) < 0:
-        raise LabelProblem(f"{place}: {first:g} and {second:g} are not numbers of votes")
+        raise LabelProblem(columns, f"{first:g} and {second:g} are not numbers of votes")
     total = first + second
     return (first / total, second / total) if total else None
 
@@ -107,7 +112,7 @@ def _vote_shares(first: float, second: float, place: str) -> Scores:
 def votes(cells: Cells, dimension: Dimension, columns: tuple[str, str]) -> Scores:
     """Votes for each of two samples, possibly weighted, as shares."""
     first, second = (_number(column, cells[column]) for column in columns)
-    return _vote_shares(first, second, f"columns '{columns[0]}' and '{columns[1]}'")
+    return _vote_shares(first, second, columns)
 
 
 def votes_in_json(cells: Cells, dimension: Dimension, column: str) -> Scores:
@@ -124,17 +129,18 @@ def votes_in_json(cells: Cells, dimension: Dimension, column: str) -> Scores:
         counts = {str(name): _number(column, count) for name, count in voted.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise LabelProblem(
-            f"column '{column}': is {_shown(cell)}, neither the number of votes by image nor a list of votes with "
-            "'votedFor', as JSON"
+            column,
+            f"is {_shown(cell)}, neither the number of votes by image nor a list of votes with 'votedFor', as JSON",
         ) from error
     names = [str(cells.get(f"{image}_path", image)) for image in ("image1", "image2")]
     if not set(counts) <= set(names):
         other = next(name for name in counts if name not in names)
         raise LabelProblem(
-            f"column '{column}': votes for {_shown(other)}, but the images are called {names[0]!r} and {names[1]!r}; "
-            "add columns image1_path and image2_path with their names, or votes_image1 and votes_image2"
+            column,
+            f"votes for {_shown(other)}, but the images are called {names[0]!r} and {names[1]!r}; add columns "
+            "image1_path and image2_path with their names, or votes_image1 and votes_image2",
         )
-    return _vote_shares(counts.get(names[0], 0), counts.get(names[1], 0), f"column '{column}'")
+    return _vote_shares(counts.get(names[0], 0), counts.get(names[1], 0), (column,))
 
 
 _AB: Mapping[object, Scores] = {"A": PREFERS_FIRST, "B": PREFERS_SECOND, "same": TIE}

@@ -11,7 +11,6 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,7 +23,10 @@ from .shards import ShardedTensors, as_keys, key_of
 
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_PROMPTS_VERSION = 4
+_PROMPTS_VERSION = 5
+_TOKENIZED_AT_ONCE = 1000
+# Relative difference of embeddings up to which they are the same, computed in another precision or on another device.
+_ROUNDING = 0.05
 # Cleaned by families that clean prompts, as far as the packages for it are installed: mended by ftfy, stripped by bs4.
 _CLEANED_IF_POSSIBLE = "<b>A &amp;amp; B</b> \u00e2\u20ac\u201c C"
 
@@ -33,16 +35,20 @@ class PromptTable:
     """Looks up the conditioning of prompts.
 
     Args:
-        folder: Its shards.
+        shards: Where they are.
         lengths: Of the tensors that are padded, how long they are with their padding, by name.
-        encoded_with: `text_fingerprint` of what encoded them.
+        record: `text_record` of what encoded them.
+
+    Attributes:
+        encoded_with: The fingerprint of the record.
     """
 
-    def __init__(self, folder: Path, lengths: Mapping[str, int], encoded_with: str) -> None:
-        self.lengths, self.encoded_with = dict(lengths), encoded_with
-        self.shards = ShardedTensors(folder)
+    def __init__(self, shards: ShardedTensors, lengths: Mapping[str, int], record: dict[str, Any]) -> None:
+        self.lengths, self.record, self.encoded_with = dict(lengths), record, key_of(record).hex()
+        self._sources = [shards]
         self._numbers: dict[str, int] = {}
-        self._places = np.empty((0, 2), dtype=np.int32)
+        # Number of the source and place in it.
+        self._places = np.empty((0, 3), dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -50,8 +56,17 @@ class PromptTable:
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._numbers
 
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in the order of their numbers."""
+        return list(self._numbers)
+
     def add(self, prompts: Iterable[str]) -> None:
-        """Takes in prompts that are stored, in place, so that whoever holds this table can look them up."""
+        """Takes in prompts that are stored, in place, so that whoever holds this table can look them up.
+
+        Raises:
+            KeyError: One is not stored.
+        """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._numbers]
         if not new:
             return
@@ -60,25 +75,72 @@ class PromptTable:
         if (places < 0).any():
             missing = new[int(np.argmin(places[:, 0]))]
             raise KeyError(f"the prompt {missing!r} was not encoded")
-        # Earlier places are found again too, since shards are counted in the order of their names.
-        known = list(self._numbers)
-        self._places = np.concatenate([self.shards.locate(as_keys(map(prompt_key, known))), places])
-        self._numbers |= {prompt: number for number, prompt in enumerate(new, start=len(known))}
+        self._append(new, 0, places)
 
-    def numbers(self, prompts: Sequence[str]) -> np.ndarray:
+    def absorb(self, other: "PromptTable") -> None:
+        """Takes in all prompts of another table where they are."""
+        if other is self:
+            return
+        for source, shards in enumerate(other._sources):
+            texts = [text for text, number in other._numbers.items() if other._places[number, 0] == source]
+            new = [text for text in texts if text not in self._numbers]
+            if new:
+                if shards not in self._sources:
+                    self._sources.append(shards)
+                places = other._places[other.numbers(new), 1:]
+                self._append(new, self._sources.index(shards), places)
+
+    def _append(self, prompts: Sequence[str], source: int, places: np.ndarray) -> None:
+        first = len(self._numbers)
+        self._numbers |= {prompt: number for number, prompt in enumerate(prompts, start=first)}
+        sources = np.full((len(places), 1), source, dtype=np.int32)
+        self._places = np.concatenate([self._places, np.concatenate([sources, places], axis=1)])
+
+    def numbers(self, prompts: Iterable[str]) -> np.ndarray:
         """Of each prompt, for `conditioning`, `(len(prompts),)` int32."""
-        return np.asarray([self._numbers[prompt] for prompt in prompts], dtype=np.int32)
+        return np.fromiter((self._numbers[prompt] for prompt in prompts), dtype=np.int32)
 
     def conditioning(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Conditioning tensors `(len(numbers), ...)` on the CPU, in the dtypes that they are kept in."""
-        distinct = list(dict.fromkeys(int(number) for number in numbers))
-        read = {number: self._padded(self.shards.read(self._places[number])) for number in distinct}
+        read = {number: self._padded(self._read(number)) for number in dict.fromkeys(map(int, numbers))}
         rows = [read[int(number)] for number in numbers]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """`conditioning` of prompts by their text."""
         return self.conditioning(self.numbers(prompts).tolist())
+
+    def copy_to(self, folder: Path, numbers: np.ndarray) -> list[Path]:
+        """Puts the embeddings of prompts into another folder, see `ShardedTensors.copy_rows`; returns the files."""
+        files = []
+        for source, shards in enumerate(self._sources):
+            places = self._places[numbers]
+            own = places[places[:, 0] == source, 1:]
+            files += shards.copy_rows(own, folder) if len(own) else []
+        return files
+
+    def differs_from(self, prompts: Sequence[str], pipeline: DiffusionPipeline, family: Family) -> list[str]:
+        """Which tensors of some prompts a pipeline gives otherwise than they are stored, beyond rounding."""
+        if not prompts:
+            return []
+        stored, given = self(prompts), family.encode_prompts(pipeline, list(prompts))
+        rows = [{name: tensor[row] for name, tensor in given.items()} for row in range(len(prompts))]
+        kept = [self._padded(_without_padding(row, family, torch.float32)) for row in rows]
+        computed = {name: torch.stack([row[name] for row in kept]) for name in given}
+        return [
+            name
+            for name, values in computed.items()
+            if name not in stored or not _nearly_equal(stored[name].float(), values.float())
+        ]
+
+    @property
+    def shards(self) -> ShardedTensors:
+        """Where new prompts come."""
+        return self._sources[0]
+
+    def _read(self, number: int) -> dict[str, Tensor]:
+        source, *place = self._places[number].tolist()
+        return self._sources[source].read(np.asarray(place))
 
     def _padded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, length in self.lengths.items():
@@ -89,38 +151,53 @@ class PromptTable:
         return tensors
 
 
+def _nearly_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).norm() <= _ROUNDING * other.norm())
+
+
 def prompt_key(prompt: str) -> bytes:
     """By which a prompt is stored; the empty one is the unconditional side."""
     return key_of("prompt", prompt)
 
 
-def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
-    """Of all that `encode_prompts` depends on, prompts aside.
+def text_record(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
+    """All that `encode_prompts` depends on, prompts aside, by name; what JSON can hold.
 
     Encoders, tokenizers, how prompts are cleaned, how family, pipeline and denoiser are configured, and the versions
     of diffusers and transformers. Ask for it after prompts were encoded once: Sana's pipeline sets up its tokenizer
     only then.
     """
-    own = set(pipeline.config) - set(pipeline.components)
-    configs = [
-        {key: value for key, value in config.items() if not key.startswith("_")}
-        for config in ({key: pipeline.config[key] for key in own}, family.denoiser(pipeline).config)
-    ]
-    return Hasher.hash(
-        [
-            family.pipeline_class,
-            [weights_fingerprint(module) for module in family.encoders(pipeline)],
-            [
-                _tokenizer_description(part)
-                for part in pipeline.components.values()
-                if isinstance(part, PreTrainedTokenizerBase)
-            ],
-            json.dumps(configs, sort_keys=True, default=str),
-            family.tokenized_text(pipeline, _CLEANED_IF_POSSIBLE),
-            vars(family),
-            (diffusers.__version__, transformers.__version__),
-        ]
-    )
+    own = sorted(set(pipeline.config) - set(pipeline.components))
+    configs = {
+        "pipeline": {key: pipeline.config[key] for key in own},
+        family.denoiser_name: dict(family.denoiser_config(pipeline)),
+    }
+    record = {
+        "text encoders": {
+            name: weights_fingerprint(module)
+            for name in family.encoder_names
+            if name != "vae" and (module := getattr(pipeline, name, None)) is not None
+        },
+        "tokenizers": {
+            name: key_of(_tokenizer_description(part)).hex()
+            for name, part in pipeline.components.items()
+            if isinstance(part, PreTrainedTokenizerBase)
+        },
+        "configs": {
+            name: {key: value for key, value in config.items() if not key.startswith("_")}
+            for name, config in configs.items()
+        },
+        "cleaned prompt": family.tokenized_text(pipeline, _CLEANED_IF_POSSIBLE),
+        "family": vars(family),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+    return json.loads(json.dumps(record, default=str))
+
+
+def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
+    """Of `text_record`."""
+    return key_of(text_record(pipeline, family)).hex()
 
 
 def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,7 +233,7 @@ def encode_prompt_table(
     Args:
         prompts: With repetitions, in any order.
         pipeline: Its text encoders are used where they are.
-        cache_folder: Has one folder of shards for each `text_fingerprint` and dtype.
+        cache_folder: Has one folder of shards for each `text_record` and dtype.
         batch_size: Prompts that the text encoders take at once.
         options: Their dtype is taken.
 
@@ -168,12 +245,13 @@ def encode_prompt_table(
     distinct = list(dict.fromkeys(["", *prompts]))
     # First, because a pipeline may set up its tokenizers when it encodes, and they are part of the cache's key.
     unconditional = family.encode_unconditional(pipeline)
-    encoded_with = text_fingerprint(pipeline, family)
+    record = text_record(pipeline, family)
     dtype = options.stored_dtype(family.text_dtype(pipeline))
-    folder = cache_folder / f"prompts-{key_of(_PROMPTS_VERSION, encoded_with, str(dtype)).hex()}"
+    folder = cache_folder / f"prompts-{key_of(_PROMPTS_VERSION, record, str(dtype)).hex()}"
     shapes = {name: tuple(tensor.shape[1:]) for name, tensor in unconditional.items()}
     lengths = {name: shape[0] for name, shape in shapes.items() if len(shape) >= 2}
-    table = PromptTable(folder, lengths, encoded_with)
+    shards = ShardedTensors(folder)
+    table = PromptTable(shards, lengths, record)
 
     def encode(rows: np.ndarray) -> Part:
         encoded: list[dict[str, Tensor]] = []
@@ -195,7 +273,7 @@ def encode_prompt_table(
     size = rows_per_shard(bytes_per_row, batch_size)
     with without_truncation_messages(pipeline):
         encode_missing(
-            table.shards,
+            shards,
             as_keys(map(prompt_key, distinct)),
             np.arange(len(distinct)),
             lambda rows: [rows[start : start + size] for start in range(0, len(rows), size)],
@@ -227,14 +305,14 @@ def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Fam
 
     Tokenizers that cut none are left out.
     """
-    texts = [family.tokenized_text(pipeline, prompt) for prompt in prompts]
-    cut = {}
-    for name, limit in family.token_limits(pipeline).items():
-        tokens = getattr(pipeline, name)(texts, verbose=False)["input_ids"] if texts else []
-        count = sum(len(row) > limit for row in tokens)
-        if count:
-            cut[name] = (count, limit)
-    return cut
+    limits = family.token_limits(pipeline)
+    counts = dict.fromkeys(limits, 0)
+    # In parts: the tokens of a million prompts are gigabytes of Python numbers.
+    for start in range(0, len(prompts), _TOKENIZED_AT_ONCE):
+        texts = [family.tokenized_text(pipeline, prompt) for prompt in prompts[start : start + _TOKENIZED_AT_ONCE]]
+        for name, limit in limits.items():
+            counts[name] += sum(len(row) > limit for row in getattr(pipeline, name)(texts, verbose=False)["input_ids"])
+    return {name: (count, limits[name]) for name, count in counts.items() if count}
 
 
 def truncation_report(prompts: Iterable[str], pipeline: DiffusionPipeline, family: Family) -> str | None:

@@ -17,10 +17,10 @@ from datasets import Dataset
 from ..fingerprint import weights_fingerprint
 from .bad_rows import RowProblem
 from .buckets import assign, bucket_sizes
-from .cache import Part, encode_missing, rows_per_shard, stored_bytes
+from .cache import Part, encode_missing, row_bytes, rows_per_shard
 from .content import batches, contents_of
 from .encoding import PreparedRow, RowEncoder
-from .image_shapes import report_cropping, shape_problems
+from .image_shapes import cropping_report, log_cropping, shape_problems
 from .layouts import Layout
 from .options import EncodingOptions
 from .preparation import ImagePreparation, Preparation
@@ -30,7 +30,7 @@ from .shards import ShardedTensors, as_keys, key_of
 logger = logging.getLogger(__name__)
 
 # Part of the cache's key: raise it when encoded values change for the same inputs.
-_ENCODING_VERSION = 6
+_ENCODING_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class SampleEncoder:
                 f"aspect_ratio_buckets takes the side of a square as resolution, not {height}x{width}: the sizes of "
                 "the buckets follow from it."
             )
-        return bucket_sizes(height, self.family.size_step(self.pipeline))
+        return bucket_sizes(height, self.family.size_step(self.pipeline), self.family.largest_side(self.pipeline))
 
     @cached_property
     def latent_shape(self) -> tuple[int, ...]:
@@ -101,32 +101,30 @@ class SampleEncoder:
         return tuple(mean.shape[1:])
 
     def record(self) -> dict[str, Any]:
-        """What decides the values, the rows aside, by name; strings, numbers and lists."""
-        options, vae = self.options, self.pipeline.vae
-        # What the options leave to the pipeline is in its config, not in its weights. The sizes of buckets are part of
-        # each row's key.
-        shape = [3, "buckets"] if self.sizes else list(self.preparation.shape)
+        """What decides the values, the rows aside, by name, that of the option where there is one; JSON."""
+        options, vae, preparation = self.options, self.pipeline.vae, self.preparation
         return {
             "encoding version": _ENCODING_VERSION,
             "pipeline": self.family.pipeline_class,
             "vae": weights_fingerprint(vae),
-            "dtype": str(options.stored_dtype(vae.dtype)).removeprefix("torch."),
-            "standard deviation": options.keep_std,
+            "vae's dtype": str(vae.dtype).removeprefix("torch."),
+            "cache_dtype": str(options.stored_dtype(vae.dtype)).removeprefix("torch."),
+            "latent_sampling": "sample" if options.keep_std else "mean",
             "crop": options.crop,
-            "random flip": options.random_flip,
-            "prepared as": [self.family.modality, *shape, *self.preparation.key],
+            "random_flip": options.random_flip,
+            # What the options leave to the pipeline is in its config, not in its weights.
+            "resolution": [list(size) for size in self.sizes] if self.sizes else list(preparation.shape[1:]),
+            "prepared as": [self.family.modality, preparation.shape[0], *preparation.key],
             "samples": [*self.layout.samples, self.layout.samples_per_cell or 1],
             "conditions": list(self.layout.conditions),
         }
 
     def bytes_per_row(self) -> int:
         """Bytes that one row takes on disk."""
-        count = (1 + self.options.keep_std) * self.layout.num_samples + len(self.layout.conditions)
-        shapes = {str(index): self.latent_shape for index in range(count)}
-        shapes |= {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
-        return stored_bytes(shapes, self.options.stored_dtype(self.pipeline.vae.dtype))
+        of_sample = {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
+        return row_bytes(self.latent_shape, of_sample, self.layout, self.options, self.pipeline.vae.dtype)
 
-    def encode(self, undecoded: Dataset, label: str, bad: Sequence[int]) -> EncodedSamples:
+    def encode(self, undecoded: Dataset, label: str, bad: Sequence[int], found_bad: bool) -> EncodedSamples:
         """Encodes the rows that are not in the cache, with all processes.
 
         With `on_bad_row="raise"` nothing more is encoded once there is a row that cannot be used; the other rows are
@@ -136,6 +134,7 @@ class SampleEncoder:
             undecoded: Samples as bytes or paths.
             label: How messages call the data set.
             bad: Rows that cannot be used for another reason.
+            found_bad: Whether there are such rows, also among those that are not in `undecoded`.
         """
         is_image, count = isinstance(self.preparation, ImagePreparation), len(undecoded)
         wanted: Literal["none", "local", "all"] = "all" if self.sizes else "local" if is_image else "none"
@@ -150,13 +149,17 @@ class SampleEncoder:
             of_samples = contents.sizes[:, : self.layout.num_samples]
             known = good[(of_samples[good] > 0).all(axis=(1, 2))]
             buckets[known] = assign(of_samples[known], self.sizes)
+        reported = None
         if isinstance(self.preparation, ImagePreparation):
-            shown = self.sizes or [self.preparation.size]
-            report_cropping(contents.sizes[good], buckets[good], shown, label)
+            shapes = self.sizes or [self.preparation.size]
+            reported = cropping_report(contents.sizes[good], buckets[good], shapes)
+            if reported is not None:
+                log_cropping(reported, label)
         keys = self._row_keys(contents.keys, buckets)
         shards = ShardedTensors(self.cache_folder / f"samples-{key_of(self.record()).hex()}")
-        stop = self.options.bad_rows.on_bad_row == "raise"
-        if stop and len(good) < count:
+        policy = self.options.bad_rows
+        stop = policy.on_bad_row == "raise"
+        if (stop and found_bad) or any(map(policy.stops, problems)):
             found = self._problems_of(undecoded, good[shards.locate(keys[good])[:, 0] < 0], buckets)
         else:
             bytes_per_row = self.bytes_per_row()
@@ -168,8 +171,10 @@ class SampleEncoder:
             )
         problems += found
         places = shards.locate(keys[good])
-        for note in shards.notes(places[places[:, 0] >= 0]).values():
-            logger.warning("%s: %s", label, note)
+        for kind, note in shards.notes(places[places[:, 0] >= 0]).items():
+            # The report has counted it already where all sizes are known.
+            if kind != "crop" or reported is None or reported.unknown:
+                logger.warning("%s: %s", label, note)
         return EncodedSamples(shards, keys, buckets, problems)
 
     def _row_keys(self, contents: np.ndarray, buckets: np.ndarray) -> np.ndarray:

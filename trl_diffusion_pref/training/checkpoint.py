@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.logging import get_logger
-from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import SafetensorError, safe_open
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..data import Encoders
 from ..export.weights import (
     RUN_RECORD,
     load_denoiser_weights,
@@ -34,7 +34,6 @@ from ..export.weights import (
     save_pipeline,
     write_run_record,
 )
-from ..families import Family
 
 
 logger = get_logger(__name__)
@@ -73,7 +72,7 @@ class Checkpointer:
     """Writes and reads the checkpoints of one run.
 
     Args:
-        pipeline, family: Of the run.
+        encoders: Of the run's pipeline; they come back to memory while it is saved.
         output_dir: The folder that holds `checkpoint-<step>`.
         record: What the weights are trained from; its `base_fingerprint` tells bases apart.
 
@@ -82,8 +81,9 @@ class Checkpointer:
         writing: Whether a checkpoint is being written, and not the finished model.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, family: Family, output_dir: Path, record: dict[str, Any]) -> None:
-        self.pipeline, self.family, self.output_dir, self.record = pipeline, family, output_dir, record
+    def __init__(self, encoders: Encoders, output_dir: Path, record: dict[str, Any]) -> None:
+        self.encoders, self.pipeline, self.family = encoders, encoders.pipeline, encoders.family
+        self.output_dir, self.record = output_dir, record
         self.parts: dict[str, Checkpointed] = {}
         self.writing = self._frozen_parts_written = False
 
@@ -125,11 +125,12 @@ class Checkpointer:
         """
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(model, PeftModel):
-            save_lora(self.pipeline, self.family, model, folder, state_dict)
+            kohya = getattr(args, "lora_format", None) == "kohya"
+            save_lora(self.pipeline, self.family, model, folder, state_dict, kohya=kohya)
         elif self.writing:
             save_denoiser(model, folder / self.family.denoiser_name, state_dict)
         else:
-            save_pipeline(self.pipeline, self.family, folder, state_dict)
+            save_pipeline(self.pipeline, self.family, folder, state_dict, encoders=self.encoders.present())
         write_run_record(folder, self.record)
         torch.save(args, folder / "training_args.bin")
 
@@ -143,11 +144,12 @@ class Checkpointer:
         folder = self.output_dir
         if not lora and not self._frozen_parts_written:
             # Once; what lies in the folder may be another run's.
-            save_all_but_denoiser(self.pipeline, self.family, folder)
+            with self.encoders.present():
+                save_all_but_denoiser(self.pipeline, self.family, folder)
             self._frozen_parts_written = True
         if lora:
-            # Of the second pattern there is none where the pipeline cannot load it (`Family.lora_format`).
-            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("pytorch_lora_weights.safetensors")]:
+            # For load_lora_weights, where the pipeline has it, and for kohya's scripts, where it was asked for.
+            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("*_lora_weights.safetensors")]:
                 shutil.copy(file, folder / file.name)
         else:
             name = self.family.denoiser_name
@@ -217,6 +219,8 @@ class Checkpointer:
             file = self._file(folder, name, process_index)
             written = len(list(folder.glob(f"{name}-*.safetensors"))) if part.per_process else 1
             if written not in (0, processes if part.per_process else 1):
+                # What differs may be the number of processes itself, without which some parts mean nothing.
+                self._check_options(part, self._file(folder, name, 0))
                 logger.warning(
                     f"{folder} holds the {part.description} of {written} processes and there are {processes} now, so "
                     "they begin again."
@@ -227,19 +231,25 @@ class Checkpointer:
                     f"{folder} holds no {part.description} ({file.name}), so it was written with other options. "
                     "Resume with the options of the run, or start a new one."
                 )
+            self._check_options(part, file)
             with safe_open(file, "pt") as opened:
-                stored = json.loads((opened.metadata() or {}).get("record", "{}"))
-                different = [
-                    f"{key} was {stored.get(key)!r} and is {value!r}"
-                    for key, value in json.loads(json.dumps(part.depends_on())).items()
-                    if stored.get(key) != value
-                ]
-                if different:
-                    raise ValueError(
-                        f"The {part.description} in {file} cannot be continued: {'; '.join(different)}. Resume with "
-                        "the options of the run, or start a new one."
-                    )
                 part.load_state_dict({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+
+    @staticmethod
+    def _check_options(part: Checkpointed, file: Path) -> None:
+        """Raises where a part was written with other options."""
+        with safe_open(file, "pt") as opened:
+            stored = json.loads((opened.metadata() or {}).get("record", "{}"))
+        different = [
+            f"{key} was {stored.get(key)!r} and is {value!r}"
+            for key, value in json.loads(json.dumps(part.depends_on())).items()
+            if stored.get(key) != value
+        ]
+        if different:
+            raise ValueError(
+                f"The {part.description} in {file} cannot be continued: {'; '.join(different)}. Resume with the "
+                "options of the run, or start a new one."
+            )
 
     def read_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
         """Loads the weights of full training."""

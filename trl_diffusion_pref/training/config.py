@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import torch
@@ -52,6 +52,11 @@ class DiffusionPreferenceConfig(DataConfig):
             with a warning.
         gradient_checkpointing (`bool`, *optional*):
             Older name of `activation_checkpointing`.
+
+        lora_format (`str`, *optional*, defaults to `"diffusers"`):
+            Under which names a LoRA is saved: `"diffusers"` for `load_lora_weights` (or PEFT, for pipelines without
+            it), `"kohya"` for ComfyUI and kohya's scripts too, in the file `kohya_lora_weights.safetensors` beside.
+            Raises before training where the model's layers have no names there.
 
     > Parameters that control training
 
@@ -103,6 +108,7 @@ class DiffusionPreferenceConfig(DataConfig):
     activation_checkpointing: bool | None = None
     # TRL's default of True would go through transformers' deprecated name; see __post_init__.
     gradient_checkpointing: bool | None = None  # type: ignore[assignment]  # None says that it was not set
+    lora_format: Literal["diffusers", "kohya"] = "diffusers"
     prompt_dropout: float = 0.0
     timestep_sampling: Literal["logit_normal", "uniform", "mode"] | None = None
     timestep_shift: float | None = None
@@ -205,6 +211,11 @@ class DiffusionPreferenceConfig(DataConfig):
         """A pipeline's noise process with this config's training times; see `diffusion.noise.noise_process`."""
         sampling, shift = self.timestep_sampling, self.timestep_shift
         return noise_process(scheduler, image_tokens, timestep_sampling=sampling, timestep_shift=shift)
+
+    def own_options(self) -> list[str]:
+        """Names of the options that the algorithm adds to those that all share."""
+        shared = {option.name for option in fields(DiffusionPreferenceConfig)}
+        return sorted(option.name for option in fields(self) if option.name not in shared)
 
     def own_copy(self) -> Self:
         """A trainer's copy, which it can change without changing the caller's."""

@@ -1,10 +1,13 @@
 """Options about data: what is taken for a pair, how samples are prepared, and where encoded ones are kept."""
 
+import logging
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import datasets
+from datasets import Dataset
 from trl.trainer.base_config import _BaseConfig
 
 from ..data import EncodingOptions, PairOptions, as_resolution
@@ -13,6 +16,9 @@ from ..data.buckets import BucketOptions, OnAspectDifference
 from ..data.options import CacheDtype
 from ..families import Family
 from .documented import documented
+
+
+logger = logging.getLogger(__name__)
 
 
 @documented
@@ -32,7 +38,8 @@ class DataConfig(_BaseConfig):
             Smallest difference of scores, at least 0, of two images of a ranking that make a pair.
         ties (`str`, *optional*, defaults to `"drop"`):
             What becomes of pairs without a preference: `"drop"` leaves them out, `"half"` gives them the soft label
-            0.5, `"keep"` takes the first image as the chosen one. They are counted in the log.
+            0.5, where the loss reads one, `"keep"` takes the first image as the chosen one. They are counted in the
+            log.
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the pairs, in [0, 1), whose order is exchanged, for experiments with wrong labels.
 
@@ -43,13 +50,16 @@ class DataConfig(_BaseConfig):
             side. Or height and width, `"768x1360"`, of images and videos. Default: what the pipeline generates.
         aspect_ratio_buckets (`bool`, *optional*):
             Scales and crops images to the nearest of several shapes with about the area of `resolution` squared,
-            instead of to a square. A batch has images of one shape. Default: True for models that were trained so, see
-            docs/data.md; False for others, for streams, and where no samples are read.
+            instead of to a square. All images of a row get one shape, and a batch has rows of one shape. Default: True
+            for models that were trained so, see docs/data.md, unless `resolution` has a height and a width; False for
+            others, for streams, and where no samples are read.
         max_aspect_difference (`float`, *optional*, defaults to `1.5`):
             With buckets, how many times as wide, for its height, one image of a row may be as another; at least 1.
         on_aspect_difference (`str`, *optional*, defaults to `"crop"`):
-            What happens beyond: `"crop"` brings all images to the row's bucket, `"raise"` and `"skip"` take the row
-            for one that cannot be used.
+            With buckets, what happens beyond: `"crop"` brings all images to the row's bucket, whatever that cuts
+            away; `"raise"` stops before training and lists the rows; `"skip"` leaves them out and counts them in the
+            log and in the run's record. It decides about these rows alone: `on_bad_row` and `max_bad_share` are for
+            others.
         num_frames (`int`, *optional*):
             Frames that every video must have, at least 1. Default: what the pipeline generates. An error where it
             generates no videos.
@@ -133,8 +143,36 @@ class DataConfig(_BaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.resolution = as_resolution(self.resolution)  # type: ignore[assignment]  # a command line has no pairs
+        if self.ties == "half" and not self.reads_soft_labels:
+            raise ValueError(
+                f"ties='half' gives ties the soft_label 0.5, which this {type(self).__name__} does not read, so that "
+                "they would count as preferences. Use 'drop', or 'keep' to take the first one for the chosen one. "
+                "DiffusionDPOConfig reads the column soft_label with loss_type='irepo'."
+            )
         # They check themselves.
         self.pair_options()
+
+    @property
+    def reads_soft_labels(self) -> bool:
+        """Whether the loss reads the column `soft_label`."""
+        return False
+
+    def check_rows(self, dataset: Dataset, label: str) -> None:
+        """Checks rows that are read for training or evaluation, pairs where the layout is one of pairs.
+
+        Warns of pairs that count as preferences and are none.
+
+        Raises:
+            ValueError: They have values that the loss cannot use, though they are no mistakes.
+        """
+        if self.reads_soft_labels or "soft_label" not in dataset.column_names:
+            return
+        none = sum(isinstance(value, Real) and value <= 0.5 for value in dataset["soft_label"])
+        if none:
+            logger.warning(
+                f"{label}: {none} pairs have a soft_label of at most 0.5, so that chosen is not preferred, and "
+                f"{type(self).__name__} trains on them as if it were: their soft labels are not read."
+            )
 
     def pair_options(self) -> PairOptions:
         """What is taken for a pair."""

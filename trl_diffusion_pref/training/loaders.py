@@ -1,10 +1,11 @@
 """From what the user passes to what the loop reads: rows of a layout, encoded data sets, and loaders of batches."""
 
+import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
-from diffusers import DiffusionPipeline
 from torch.utils.data import DataLoader
 
 from ..data import (
@@ -12,64 +13,101 @@ from ..data import (
     DatasetEncoder,
     EncodedDataset,
     EncodedStream,
+    Encoders,
     Layout,
+    StreamEvaluationLoader,
     StreamLoader,
-    as_pairs,
     as_resolution,
     check_columns,
 )
 from ..data.buckets import BucketBatchSampler
-from ..data.layouts import labelled_datasets, named_datasets
+from ..data.layouts import check_ignored_columns, labelled_datasets, named_datasets
+from ..data.pair_source import PairSource
+from ..data.pairs import convert
+from ..data.resolution import Resolution
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
 from ..families import Family
 from .config import DiffusionPreferenceConfig
 
 
+logger = logging.getLogger(__name__)
+
 Encoded = (EncodedDataset, EncodedStream)
 
 
 def rows_of(
-    train_dataset: Any, eval_dataset: Any, layout: Layout, args: DiffusionPreferenceConfig, *, training: bool = True
-) -> tuple[Any, Any]:
+    train_dataset: Any,
+    eval_dataset: Any,
+    layout: Layout,
+    args: DiffusionPreferenceConfig,
+    *,
+    training: bool = True,
+) -> tuple[Any, Any, dict[str, PairSource]]:
     """Data sets with the columns of the layout: known layouts of pairs are recognised; encoded ones stay as they are.
 
     Args:
         training: Whether there must be a training data set.
 
+    Returns:
+        Data sets for training and for evaluation, and where pairs come from by what messages call the data set:
+        `DatasetEncoder` names the rows whose labels cannot be used together with all others.
+
     Raises:
-        ValueError: A data set is missing or empty, its layout is not known, or labels cannot be used.
+        ValueError: A data set is missing or empty, its layout is not known, no label can be used, or it has a column
+            that training would ignore.
         TypeError: Not a data set.
     """
-
-    def rows(dataset: Any, label: str) -> Any:
-        if isinstance(dataset, Encoded):
-            return dataset
-        if layout.samples == PAIRS.samples and isinstance(dataset, (Dataset, IterableDataset)):
-            # Rankings are rewritten, which one process does for all.
-            with args.main_process_first():
-                dataset = as_pairs(dataset, label, args.pair_options())
-        check_columns(dataset, label, layout)
-        return dataset
-
+    sources: dict[str, PairSource] = {}
     if training:
-        train_dataset = rows(train_dataset, "train_dataset")
-    evaluated = [rows(dataset, label) for label, dataset in labelled_datasets(eval_dataset)]
+        train_dataset = rows_of_one(train_dataset, "train_dataset", layout, args, sources)
+    evaluated = [
+        rows_of_one(dataset, label, layout, args, sources) for label, dataset in labelled_datasets(eval_dataset)
+    ]
     if isinstance(eval_dataset, dict):
-        return train_dataset, dict(zip(eval_dataset, evaluated, strict=True))
-    return train_dataset, evaluated[0] if evaluated else None
+        return train_dataset, dict(zip(eval_dataset, evaluated, strict=True)), sources
+    return train_dataset, evaluated[0] if evaluated else None, sources
+
+
+def rows_of_one(
+    dataset: Any,
+    label: str,
+    layout: Layout,
+    args: DiffusionPreferenceConfig,
+    sources: dict[str, PairSource],
+) -> Any:
+    """`rows_of` one data set.
+
+    Args:
+        label: How messages call it.
+        sources: Where its pairs come from is added here.
+    """
+    if isinstance(dataset, Encoded):
+        return dataset
+    if layout.samples == PAIRS.samples and isinstance(dataset, (Dataset, IterableDataset)):
+        # Rankings are rewritten, which one process does for all.
+        with args.main_process_first():
+            dataset, _, source = convert(dataset, label, args.pair_options())
+        if source is not None:
+            sources[label] = source
+    check_columns(dataset, label, layout)
+    check_ignored_columns(dataset, label, layout)
+    if isinstance(dataset, Dataset):
+        args.check_rows(dataset, label)
+    return dataset
 
 
 def encoded_for_evaluation(eval_dataset: Any, encoder: DatasetEncoder, args: DiffusionPreferenceConfig) -> Any:
-    """What `evaluate` is given, encoded; the loop gives it each of several data sets once more."""
-    if all(isinstance(dataset, Encoded) for _, dataset in named_datasets(eval_dataset)):
+    """What `evaluate` is given, encoded; the loop gives it each of several data sets once more, or their names."""
+    if eval_dataset is None or isinstance(eval_dataset, str):
         return eval_dataset
-    _, rows = rows_of(None, eval_dataset, encoder.layout, args, training=False)
-    return encoder.encode_all(None, rows, args.device)[1]
+    if all(encoder.is_encoded(dataset) for _, dataset in named_datasets(eval_dataset)):
+        return eval_dataset
+    _, rows, sources = rows_of(None, eval_dataset, encoder.layout, args, training=False)
+    return encoder.encode_all(None, rows, args.device, sources)[1]
 
 
 def encoder_for(
-    pipeline: DiffusionPipeline,
-    family: Family,
+    encoders: Encoders,
     layout: Layout,
     args: DiffusionPreferenceConfig,
     datasets: Iterable[Any],
@@ -78,12 +116,14 @@ def encoder_for(
     """The encoder of a run.
 
     Args:
+        encoders: Of the run's pipeline.
         datasets: For training and for evaluation, as the trainer got them.
         several_sizes: Whether the algorithm takes batches of other sizes than the square's.
 
     Raises:
-        ValueError: Buckets were asked for and cannot be had.
+        ValueError: Buckets were asked for and cannot be had, or options that have no effect without or with them.
     """
+    pipeline, family = encoders.pipeline, encoders.family
     if args.aspect_ratio_buckets and not several_sizes:
         raise ValueError(
             "aspect_ratio_buckets: this method keeps samples from one step to the next, which must have one size. "
@@ -96,8 +136,50 @@ def encoder_for(
     streamed = any(isinstance(each, IterableDataset) for dataset in datasets for _, each in named_datasets(dataset))
     possible = several_sizes and bool(layout.places) and family.modality == "image" and not streamed
     options = args.encoding_options(family, side, buckets=possible and not isinstance(resolution, tuple))
-    folder, batch_size = args.cache_folder(), args.encode_batch_size
-    return DatasetEncoder(pipeline, family, layout, options, cache_folder=folder, batch_size=batch_size)
+    if streamed and _wanted_by_default(args, family, resolution, several_sizes):
+        logger.warning(
+            f"{type(pipeline).__name__}'s models were trained on images of several shapes, but a data set is "
+            "streamed, and all images are cropped to one shape. Store the data for aspect_ratio_buckets, or set it to "
+            "False."
+        )
+    if options.buckets.enabled:
+        _check_shuffling(args)
+    elif args.on_aspect_difference != "crop":
+        raise ValueError(
+            f"on_aspect_difference={args.on_aspect_difference!r} does nothing without buckets, which this run has "
+            "not. Set aspect_ratio_buckets=True, or leave it out."
+        )
+    if layout.samples == PAIRS.samples:
+        options = replace(options, pairs=args.pair_options())
+    where: dict[str, Any] = {"cache_folder": args.cache_folder(), "batch_size": args.encode_batch_size}
+    return DatasetEncoder(pipeline, family, layout, options, encoders=encoders, **where)
+
+
+def _wanted_by_default(
+    args: DiffusionPreferenceConfig, family: Family, resolution: Resolution, several_sizes: bool
+) -> bool:
+    """Whether a stored data set would have buckets though nobody asked for them."""
+    unset = args.aspect_ratio_buckets is None and not isinstance(resolution, tuple)
+    return unset and several_sizes and family.aspect_ratio_buckets
+
+
+def _check_shuffling(args: DiffusionPreferenceConfig) -> None:
+    """Raises for options of loaders and samplers that batches of one shape each cannot follow.
+
+    Raises:
+        ValueError: One of them is set.
+    """
+    given = args.accelerator_config
+    options = given if isinstance(given, dict) else vars(given) if given else {}
+    ignored = [f"accelerator_config.{name}" for name in ("split_batches", "dispatch_batches") if options.get(name)]
+    # An option of newer versions of transformers.
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    ignored += [f"train_sampling_strategy={strategy!r}"] if strategy != "random" else []
+    if ignored:
+        raise ValueError(
+            f"{' and '.join(ignored)}: aspect_ratio_buckets makes batches of one shape each, in random order. Leave "
+            "it out, or set aspect_ratio_buckets=False."
+        )
 
 
 def sized_process(
@@ -130,8 +212,12 @@ def _in_buckets(
         (args.process_index, args.world_size),
         seed=args.data_seed if training else None,
         drop_last=training and args.dataloader_drop_last,
-        repeat=not training,
     )
+    if sampler.never_used:
+        logger.warning(
+            f"dataloader_drop_last=True leaves out {sampler.never_used} of {len(dataset)} rows in every epoch, since "
+            f"fewer than {batch_size} rows have their shape."
+        )
     workers = args.dataloader_num_workers
     return DataLoader(
         dataset,
@@ -139,7 +225,7 @@ def _in_buckets(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=bool(args.dataloader_pin_memory),
-        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        persistent_workers=training and args.dataloader_persistent_workers and workers > 0,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
 
@@ -150,24 +236,30 @@ def _has_buckets(dataset: Any) -> bool:
 
 
 def training_loader(dataset: Any, args: DiffusionPreferenceConfig, collate: Callable[..., Any]) -> Any:
-    """Batches of a stream, without end, or of a data set with buckets; None for others, which transformers loads."""
-    size = args.train_batch_size
+    """Batches of a data set with buckets; None for others, which transformers loads."""
+    return _in_buckets(dataset, args.train_batch_size, args, collate, training=True) if _has_buckets(dataset) else None
+
+
+def stream_loader(dataset: Any, args: DiffusionPreferenceConfig) -> StreamLoader | None:
+    """Batches of a stream, without end; None for other data sets."""
     if not isinstance(dataset, EncodedStream):
-        return _in_buckets(dataset, size, args, collate, training=True) if _has_buckets(dataset) else None
-    options: dict[str, Any] = {
-        "process": (args.process_index, args.world_size),
-        "workers": args.dataloader_num_workers,
-        "block": args.shuffle_buffer,
-        "seed": args.data_seed,
-    }
-    return StreamLoader(dataset, lambda: dataset.training_batches(size, **options), size)
+        return None
+    return StreamLoader(
+        dataset,
+        args.train_batch_size,
+        process=(args.process_index, args.world_size),
+        workers=args.dataloader_num_workers,
+        block=args.shuffle_buffer,
+        seed=cast(int, args.data_seed),
+        prefetch=args.dataloader_prefetch_factor,
+    )
 
 
 def evaluation_loader(
     dataset: Any, args: DiffusionPreferenceConfig, collate: Callable[..., Any], batch_size: int
 ) -> Any:
-    """The same in the order of the rows; some rows come twice where processes cannot share them evenly."""
-    if not isinstance(dataset, EncodedStream):
-        return _in_buckets(dataset, batch_size, args, collate, training=False) if _has_buckets(dataset) else None
-    process = (args.process_index, args.world_size)
-    return StreamLoader(dataset, lambda: dataset.evaluation_batches(batch_size, process=process), batch_size)
+    """The same in the order of the rows, and batches of a stream; rows may come twice where processes cannot share
+    them evenly."""
+    if isinstance(dataset, EncodedStream):
+        return StreamEvaluationLoader(dataset, batch_size, (args.process_index, args.world_size))
+    return _in_buckets(dataset, batch_size, args, collate, training=False) if _has_buckets(dataset) else None

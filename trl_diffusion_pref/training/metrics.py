@@ -34,9 +34,25 @@ def pair_metrics(
     }
 
 
-def gathered(values: dict[str, Tensor], accelerator: Accelerator) -> Tensor:
-    """Per-sample values of all processes, `(samples, names)` float32."""
-    return accelerator.gather(torch.stack([value.detach().float() for value in values.values()], dim=1))
+def gathered(values: dict[str, Tensor], accelerator: Accelerator, batch_size: int) -> Tensor:
+    """Per-sample values of all processes, `(samples, names)` float32, in the order of the processes.
+
+    Processes may have unequally many samples: the last batch of a bucket is smaller, and so is one with bad rows.
+
+    Args:
+        values: `(B,)` each, of this process's batch.
+        batch_size: Rows of a full batch, which is the same in all processes and at least B.
+    """
+    table = torch.stack([value.detach().float() for value in values.values()], dim=1)
+    if accelerator.num_processes == 1:
+        return table
+    # The first column tells samples from padding, because any number, also NaN, can be a sample's value.
+    rows, names = table.shape
+    full = table.new_zeros(max(rows, batch_size), names + 1)
+    full[:rows, 0] = 1
+    full[:rows, 1:] = table
+    full = accelerator.gather(full)
+    return full[full[:, 0] == 1, 1:]
 
 
 def padded(tensors: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:

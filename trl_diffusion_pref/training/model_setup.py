@@ -82,8 +82,11 @@ def check_trainable(
         )
     check_gradient_checkpointing(args, family, base)
     _check_quantised(base, family, args, lora=peft_config is not None or carries_adapter(base))
+    kohya = args.lora_format == "kohya"
+    if kohya and peft_config is None and not carries_adapter(base):
+        raise ValueError("lora_format='kohya' is for a LoRA. Pass peft_config=LoraConfig(...), or leave it out.")
     if peft_config is not None:
-        check_exportable(peft_config)
+        check_exportable(with_targets(peft_config, family), base, family, kohya=kohya)
     if carries_adapter(base):
         if peft_config is not None:
             raise ValueError(
@@ -98,6 +101,7 @@ def check_trainable(
                 f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
                 f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
             )
+        check_exportable(lora_config(wrapper) if wrapper else base.peft_config[names[0]], base, family, kohya=kohya)
     elif peft_config is None and base.dtype == torch.float16:
         raise ValueError(
             f"The {family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "

@@ -62,9 +62,10 @@ class StepMonitor(TrainerCallback):
         Raises:
             NonFiniteLossError: A loss is not finite, in any process.
         """
-        samples, names = gathered(values, self.accelerator), list(values)
+        samples = gathered(values, self.accelerator, self.args.train_batch_size)
+        names = list(values)
         by_name = dict(zip(names, samples.unbind(dim=1), strict=True))
-        problem = non_finite_losses(by_name["loss"], rows, self.accelerator)
+        problem = non_finite_losses(by_name["loss"], rows)
         if problem:
             # The weights of the last whole step, unless they are kept already, untrained or themselves wrecked.
             finite, kept = not non_finite_weights(model), checkpoint_problem(self.checkpointer.folder(step)) is None
@@ -135,15 +136,17 @@ def _own_part(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def non_finite_losses(losses: Tensor, rows: Tensor, accelerator: Accelerator) -> str | None:
+def non_finite_losses(losses: Tensor, rows: Tensor) -> str | None:
     """What is wrong with a training batch's losses, or None.
 
     Args:
-        losses: Of all processes.
-        rows: This process's, gathered only if something is wrong.
+        losses: Of all processes, in their order.
+        rows: This process's, gathered only if something is wrong; processes may have unequally many.
     """
     finite = torch.isfinite(losses)
     if bool(finite.all()):
         return None
-    bad = sorted(set(accelerator.gather(rows)[~finite].tolist()))
+    # As objects, because their number differs between processes.
+    every_row = gather_object(rows.tolist())
+    bad = sorted({row for row, good in zip(every_row, finite.tolist(), strict=True) if not good})
     return f"the loss is {losses[~finite][0].item()} for the rows {bad} of train_dataset"

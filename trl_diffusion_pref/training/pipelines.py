@@ -1,6 +1,8 @@
 """What `model` and `ref_model` may be: their family, name on the Hub, and loaded pipeline."""
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
 
+from ..data import Encoders
 from ..families import Family, family_for, family_named
 from ..fingerprint import different_parameters
 from ..host_libraries import dtype_option, quiet_loading
@@ -52,6 +55,24 @@ def load_pipeline(
         return DiffusionPipeline.from_pretrained(model, **dtype_option(dtype), **options)
 
 
+def encoders_of(
+    model: str | os.PathLike | DiffusionPipeline,
+    pipeline: DiffusionPipeline,
+    family: Family,
+    model_init_kwargs: dict[str, Any],
+) -> Encoders:
+    """The encoders of a pipeline that `load_pipeline` gave: of one loaded here, they may leave memory."""
+    if not isinstance(model, (str, os.PathLike)):
+        return Encoders(pipeline, family)
+
+    def load(names: Sequence[str]) -> dict[str, nn.Module]:
+        others = {name: part for name, part in pipeline.components.items() if name not in names}
+        loaded = load_pipeline(model, {**model_init_kwargs, **others})
+        return {name: getattr(loaded, name) for name in names}
+
+    return Encoders(pipeline, family, load, kept=[name for name in family.encoder_names if name in model_init_kwargs])
+
+
 def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
     """Raises for a pipeline whose parts are moved to and fro whenever they are called.
 
@@ -83,8 +104,11 @@ def _offloads(module: nn.Module) -> bool:
 
 
 def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
-    """The base's Hub id; None where it came from a local folder, or from a path that can be no id."""
-    name = str(model) if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None)
+    """The base's Hub id, also of a copy in the Hub's cache; None where it came from another folder, or from memory."""
+    # A loaded pipeline keeps what it was loaded by, which may be a Path.
+    name = str(model if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None) or "")
+    if name and (cached := re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]", name)):
+        return "/".join(cached.groups())
     if not name or os.path.isdir(name):
         return None
     try:
@@ -92,6 +116,12 @@ def hub_id(model: str | os.PathLike | DiffusionPipeline) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def origin(model: str | os.PathLike | DiffusionPipeline) -> tuple[str | None, str | None]:
+    """The base's Hub id, and the name of the folder that it came from, without the path, which is its owner's."""
+    name = str(model if isinstance(model, (str, os.PathLike)) else getattr(model, "name_or_path", None) or "")
+    return hub_id(model), Path(name).resolve().name if name and os.path.isdir(name) else None
 
 
 def short_name(model: str | os.PathLike | DiffusionPipeline) -> str:

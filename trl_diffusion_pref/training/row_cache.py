@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..data import Batch, EncodedDataset
+from ..data import Batch, EncodedDataset, EncodedStream
 from .config import DiffusionPreferenceConfig
 from .metrics import padded
 from .process_state import restored_generators
@@ -42,7 +42,7 @@ class RowCache:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        batches: Callable[[EncodedDataset, int], Iterable[Batch]],
+        batches: Callable[[EncodedDataset | EncodedStream, int], Iterable[Batch]],
         args: DiffusionPreferenceConfig,
         depends_on: dict[str, Any],
     ) -> None:
@@ -51,7 +51,7 @@ class RowCache:
 
     def load_or_compute(
         self,
-        dataset: EncodedDataset,
+        dataset: EncodedDataset | EncodedStream,
         compute: Callable[[Batch], Tensor],
         record: dict[str, Any],
         file: Path | None = None,
@@ -60,6 +60,7 @@ class RowCache:
         """One tensor per row.
 
         Args:
+            dataset: The rows of a stream are numbered in its order.
             compute: From a batch on the device to a tensor `(B, ...)`.
             record: What the numbers depend on: strings and numbers. "what" names them.
             file: Default: derived from the record, so that another record is another file.
@@ -71,6 +72,8 @@ class RowCache:
         Raises:
             ValueError: The named file was made from something else; the message says what differs.
         """
+        if isinstance(dataset, EncodedStream):
+            return self._of_stream(dataset, compute, record["what"])
         record = self.depends_on | record
         record |= {
             "data": dataset.fingerprint,
@@ -84,6 +87,35 @@ class RowCache:
         table = self._compute(dataset, compute, record, file, batch_size or self.batch_size)
         self.accelerator.wait_for_everyone()
         return table
+
+    def _of_stream(self, stream: EncodedStream, compute: Callable[[Batch], Tensor], what: str) -> Tensor:
+        """The same for a stream, computed every time, since nothing tells whether its content is what it was."""
+        of_rows: dict[int, Tensor] = {}
+        bar = {"desc": what, "disable": not self.accelerator.is_main_process}
+        for rows, values in self._values(tqdm(self.batches(stream, self.batch_size), **bar), compute, self.batch_size):
+            of_rows.update(zip(rows.tolist(), values, strict=True))
+        table = torch.full((max(of_rows) + 1, *next(iter(of_rows.values())).shape), torch.nan)
+        table[list(of_rows)] = torch.stack([*of_rows.values()])
+        return table
+
+    def _values(
+        self, batches: Iterable[Batch], compute: Callable[[Batch], Tensor], batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows `(N,)` and their values `(N, ...)` float32 of all processes, on the CPU."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with restored_generators(self.accelerator.device), torch.no_grad():
+                for batch in batches:
+                    # Not around the loader: a CPU's autocast takes one half precision, and rows may be kept in the
+                    # other.
+                    with self.accelerator.autocast():
+                        values = compute(batch).float()
+                    # Where processes cannot share rows evenly, some come twice.
+                    values, rows = self.accelerator.gather(padded((values, batch.rows), batch_size))
+                    yield rows.cpu(), values.cpu()
+        finally:
+            self.model.train(was_training)
 
     def _compute(
         self,
@@ -101,23 +133,14 @@ class RowCache:
             missing = np.flatnonzero(table[torch.from_numpy(dataset.rows)].flatten(1).isnan().any(dim=1).numpy())
         total = math.ceil(len(missing) / batch_size / self.accelerator.num_processes)
         bar = {"desc": record["what"], "total": total, "disable": not self.accelerator.is_main_process}
-        was_training, saved = self.model.training, time.monotonic()
-        self.model.eval()
-        with restored_generators(self.accelerator.device), torch.no_grad():
-            batches = self.batches(dataset.subset(missing), batch_size) if len(missing) else ()
-            for batch in tqdm(batches, **bar):
-                # Not around the loader: a CPU's autocast takes one half precision, and rows may be kept in the other.
-                with self.accelerator.autocast():
-                    values = compute(batch).float()
-                # Where processes cannot share rows evenly, some come twice.
-                values, rows = self.accelerator.gather(padded((values, batch.rows), batch_size))
-                if table is None:
-                    table = torch.full((int(dataset.rows.max()) + 1, *values.shape[1:]), torch.nan)
-                table[rows.cpu()] = values.cpu()
-                if saves and time.monotonic() - saved > _SAVE_EVERY:
-                    _save(table, unfinished, record)
-                    saved = time.monotonic()
-        self.model.train(was_training)
+        saved, batches = time.monotonic(), self.batches(dataset.subset(missing), batch_size) if len(missing) else ()
+        for rows, values in self._values(tqdm(batches, **bar), compute, batch_size):
+            if table is None:
+                table = torch.full((int(dataset.rows.max()) + 1, *values.shape[1:]), torch.nan)
+            table[rows] = values
+            if saves and time.monotonic() - saved > _SAVE_EVERY:
+                _save(table, unfinished, record)
+                saved = time.monotonic()
         assert table is not None
         if saves:
             _save(table, file, record)

@@ -7,6 +7,7 @@ inherited behaviour, several times without an error; the comment at each says ho
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -23,14 +24,14 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import HubStrategy
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..data import PAIRS, Batch, EncodedDataset, EncodedStream, Layout, Mode
+from ..data import PAIRS, Batch, EncodedDataset, EncodedStream, Layout, Mode, data_record
 from ..data.layouts import named_datasets
 from ..diffusion.noise import RectifiedFlow
 from ..evaluation import HeldOutPreferences
-from ..export.model_card import card_options, write_model_card
+from ..export.model_card import write_model_card
 from ..export.weights import lora_config, run_record
 from . import loaders, model_setup, pipelines
-from .callbacks import SetEpoch
+from .callbacks import EpochOfStream, SetEpoch, make_trackers_start
 from .checkpoint import Checkpointer
 from .config import DiffusionPreferenceConfig
 from .denoiser import Denoiser
@@ -67,12 +68,12 @@ class DiffusionTrainer(_BaseTrainer):
     config_class: ClassVar[type[DiffusionPreferenceConfig]]
     layout: Layout = Layout()
     sample_name = "samples"  # what a batch is made of, for the model card
-    # Whether batches may have samples of another size than the square's.
-    several_sizes = True
-    # Whether the result is a model of what is not wanted, for `guidance.negative_guidance`.
-    trains_negative = False
+    several_sizes = True  # whether batches may have samples of another size than the square's
+    trains_negative = False  # whether the result is a model of what is not wanted, for `guidance.negative_guidance`
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False  # type: ignore[assignment]  # TRL's is None
+    # To sample from; encoders that left memory for training are read again.
+    pipeline = property(lambda self: self.encoders.whole_pipeline())
 
     def __init__(
         self,
@@ -95,8 +96,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.family = pipelines.family_of(model, args.loading)
         self.layout = self.make_layout()
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
-        train_dataset, eval_dataset = loaders.rows_of(train_dataset, eval_dataset, self.layout, args)
-        self.pipeline = pipeline = pipelines.load_pipeline(model, args.loading)
+        *given, sources = loaders.rows_of(train_dataset, eval_dataset, self.layout, args)
+        pipeline = pipelines.load_pipeline(model, args.loading)
+        self.encoders = pipelines.encoders_of(model, pipeline, self.family, args.loading)
         self.family.check_complete(pipeline)
         pipelines.check_not_offloaded(pipeline)
         self.noise_process = args.noise_process(pipeline.scheduler)
@@ -105,18 +107,15 @@ class DiffusionTrainer(_BaseTrainer):
         # On an error within, the caller has the pipeline back as it was.
         with model_setup.taken_out_of_peft_model(pipeline, self.family) as (base, wrapper):
             self.carried_adapter = model_setup.carries_adapter(base)
-            name, negative = type(self).__name__, self.trains_negative
-            record = run_record(name, pipelines.hub_id(model), base, self.family, negative=negative)
-            self.checkpointer = Checkpointer(pipeline, self.family, Path(cast(str, args.output_dir)), record)
+            record = run_record(type(self).__name__, *pipelines.origin(model), base, self.family, self.trains_negative)
+            self.checkpointer = Checkpointer(self.encoders, Path(cast(str, args.output_dir)), record)
             self.checkpointer.check_output_dir()
             model_setup.check_trainable(base, self.family, peft_config, wrapper, args)
             self.check_step(peft_config)
-            given = (train_dataset, eval_dataset)
-            self.encoder = loaders.encoder_for(pipeline, self.family, self.layout, args, given, self.several_sizes)
-            train_dataset, eval_dataset = self.encoder.encode_all(train_dataset, eval_dataset, args.device)
-            if not self.encoder.streams:
-                # Also those of a pipeline that was passed on an accelerator: training does not need them.
-                self.encoder.move_encoders(torch.device("cpu"))
+            self.encoder = loaders.encoder_for(self.encoders, self.layout, args, given, self.several_sizes)
+            train_dataset, eval_dataset = self.encoder.encode_all(given[0], given[1], args.device, sources)
+            # Also those of a pipeline that was passed on an accelerator: training does not need them.
+            self.encoders.leave_device()
             if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
                 self.noise_process = loaders.sized_process(args, pipeline.scheduler, self.family, self.encoder)
             # Only now are its parts changed, when all that can be wrong has been checked.
@@ -131,11 +130,12 @@ class DiffusionTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if isinstance(train_dataset, EncodedStream):
-            self.checkpointer.parts["stream"] = train_dataset
-        else:
-            self.add_callback(SetEpoch(train_dataset))
-            self.checkpointer.record["rows left out"] = train_dataset.left_out
+        self.checkpointer.record["data"] = data_record(given[0], train_dataset, self.layout)
+        self.stream = loaders.stream_loader(train_dataset, args)
+        make_trackers_start(self.callback_handler.callbacks)
+        self.add_callback(SetEpoch(train_dataset) if self.stream is None else EpochOfStream())
+        if self.stream is not None:
+            self.checkpointer.parts["stream"], args.ignore_data_skip = self.stream, True  # it knows its place
         self.modes = Modes(args, self.encoder)
         self.denoise = Denoiser(self.family, self.accelerator, sharded=self.shards_weights)
         self._evaluated: str | None = "eval "  # see `Mode.dataset`
@@ -181,14 +181,13 @@ class DiffusionTrainer(_BaseTrainer):
             return None
         held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws)
         record = held_out.record(model_setup.starting_fingerprint(self.model, self.checkpointer.record))
-        for name, dataset in named_datasets(self.eval_dataset):
-            if isinstance(dataset, EncodedDataset) and not self.shards_weights:
-                held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(
-                    dataset, lambda batch: held_out.elbos(self.denoise.of(self.model), batch), record
-                )
+        for name, dataset in named_datasets(self.eval_dataset) if not self.shards_weights else ():
+            held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(
+                dataset, lambda batch: held_out.elbos(self.denoise.of(self.model), batch), record
+            )
         return held_out
 
-    def _batches_in_order(self, dataset: EncodedDataset, batch_size: int) -> Iterator[Batch]:
+    def _batches_in_order(self, dataset: EncodedDataset | EncodedStream, batch_size: int) -> Iterator[Batch]:
         """Every row of an encoded data set, whatever training does with a last batch that is not full."""
         loader = loaders.evaluation_loader(dataset, self.args, self.data_collator, batch_size)
         if loader is None:
@@ -198,7 +197,7 @@ class DiffusionTrainer(_BaseTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The inherited loader knows neither buckets nor how a stream is shared and resumed."""
-        own = loaders.training_loader(self.train_dataset, self.args, self.data_collator)
+        own = self.stream or loaders.training_loader(self.train_dataset, self.args, self.data_collator)
         return own or super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -234,14 +233,14 @@ class DiffusionTrainer(_BaseTrainer):
         self.modes = Modes(self.args, self.encoder)
         self.monitor.reset()
         self.checkpointer.read_parts(checkpoint, self.args.process_index, self.args.world_size)
+        self.encoders.release()
         try:
-            with flush_denormals(self.args.device):
+            with flush_denormals(self.args.device), closing(self.stream) if self.stream else nullcontext():
                 result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
             # The pipeline is there to sample from, also where a run stopped: no dropout.
             self.model.eval()
-        # Not after a stop, while gradients are still in memory.
-        self.encoder.move_encoders(self.args.device)
+        self.encoders.move(self.args.device)  # not after a stop, while gradients are still in memory
         return result
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -290,8 +289,7 @@ class DiffusionTrainer(_BaseTrainer):
         Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
         """
         model_setup.check_can_evaluate(self.accelerator, trained=self.optimizer is not None)
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = loaders.encoded_for_evaluation(eval_dataset, self.encoder, self.args)
+        eval_dataset = loaders.encoded_for_evaluation(eval_dataset, self.encoder, self.args)
         self._evaluated = f"eval {eval_dataset or ''}" if isinstance(eval_dataset, str | None) else None
         # All of a batch, padding included; `_mean_metrics` takes each row once. The loop resets it afterwards.
         self.gather_function = self.accelerator.gather
@@ -387,12 +385,13 @@ class DiffusionTrainer(_BaseTrainer):
             folder or self.checkpointer.output_dir,
             method=self._name,
             paper=self._paper,
-            pipeline=self.pipeline,
+            pipeline=self.encoders.pipeline,
             family=self.family,
             record=self.checkpointer.record,
             lora=lora_config(self._unwrapped) if isinstance(self._unwrapped, PeftModel) else None,
             args=self.args,
-            options=card_options(self.args, DiffusionPreferenceConfig, self.sample_name, self.state.global_step),
+            batch=self.sample_name,
+            state=self.state,
             model_name=model_name,
             repo_id=self.hub_model_id,
             dataset_name=dataset_name,

@@ -45,7 +45,7 @@ def damaged_zip(tmp_path) -> str:
 def url(address: str, package: str):
     """A URL that is read with a package, which this environment does not have."""
     skip = pytest.mark.skipif(find_spec(package) is not None, reason=f"{package} is installed")
-    return pytest.param(address, f"the file at {address} cannot be read .*{package}", marks=skip)
+    return pytest.param(address, f"the file at {address} cannot be read here .*{package}", marks=skip)
 
 
 UNREADABLE = [
@@ -55,7 +55,11 @@ UNREADABLE = [
     ("data:image/png;base64,xxx", "cannot be read .*Incorrect padding"),
     ("data:nothing", "cannot be read"),
     ("foo://a.png", "cannot be read .*Protocol not known: foo"),
-    ("/", "cannot be read .*Is a directory"),
+    ("/", "/ is a folder, not a file"),
+    ("", "the path is empty"),
+    (b"", "the file has no bytes"),
+    ("/dev/zero", "/dev/zero is a pipe or a device, not a file"),
+    ("a\0b", "cannot be read .*embedded null byte"),
     ("/nowhere/x.png", "no file at /nowhere/x.png"),
     ({"bytes": None, "path": "foo://a.png"}, "the file at foo://a.png cannot be read"),
 ]

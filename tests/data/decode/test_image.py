@@ -124,7 +124,7 @@ def test_exif_rotation_is_applied():
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         (5, "a cell of type int is not an image"),
         ({"bytes": b"not an image", "path": None}, "not an image"),
-        ({"bytes": b"", "path": None}, "not an image"),
+        ({"bytes": b"", "path": None}, "the file has no bytes"),
         ({"bytes": png(Image.effect_noise((64, 64), 50))["bytes"][:1000], "path": None}, "cannot be decoded"),
         ({"bytes": None, "path": "/nowhere/x.png"}, "no file at /nowhere/x.png"),
     ],

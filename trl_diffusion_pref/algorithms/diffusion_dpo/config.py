@@ -1,10 +1,11 @@
 """Options of `DiffusionDPOTrainer`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from datasets import Dataset, IterableDataset
 
+from ...data import PairOptions
 from ...data.layouts import labelled_datasets
 from ...training.config import PAIR_METRICS, AnyDataset, GuardedConfig, documented
 from .loss import DiffusionDPOLossType, DiffusionDPOOptions
@@ -44,7 +45,8 @@ class DiffusionDPOConfig(GuardedConfig):
             alpha of `"dmpo"`, in (0, 1): the loss is least where chosen wins with probability 1 - alpha. The default
             is the released code's.
         soft_label (`float`, *optional*, defaults to `0.95`):
-            Probability that chosen is better, in (0, 1), for `"irepo"` where the data have no column of it. At the
+            Probability that chosen is better, in (0, 1), for `"irepo"` where the data have no column of it, also of
+            the pairs that are no ties where `ties="half"`. At the
             default pairs are pulled apart to a margin of 2.9, the logit of 0.95.
         soft_label_column (`str`, *optional*, defaults to `"soft_label"`):
             Column with the probability that chosen is better, in (0, 1), for `"irepo"`.
@@ -178,14 +180,27 @@ class DiffusionDPOConfig(GuardedConfig):
                     f"reference='precomputed' needs data sets of known rows, and {label} is streamed. Use another "
                     "reference, or store the data."
                 )
-            column = self.soft_label_column
-            if self.loss_type == "irepo" and isinstance(dataset, Dataset) and column in dataset.column_names:
-                bad = [row for row, value in enumerate(dataset[column]) if value is None or not 0 < value < 1]
-                if bad:
-                    raise ValueError(
-                        f"{label}: column {column!r} holds values outside (0, 1), in {len(bad)} rows, first {bad[:10]}"
-                        ". Clip them, say to 0.02..0.98: the logit of 0 or 1 is infinite."
-                    )
+
+    @property
+    def reads_soft_labels(self) -> bool:
+        return self.loss_type == "irepo" and self.soft_label_column == "soft_label"
+
+    def pair_options(self) -> PairOptions:
+        options = super().pair_options()
+        return replace(options, soft_label=self.soft_label) if self.ties == "half" else options
+
+    def check_rows(self, dataset: Dataset, label: str) -> None:
+        super().check_rows(dataset, label)
+        column = self.soft_label_column
+        if self.loss_type == "irepo" and column in dataset.column_names:
+            # Others that cannot be used are mistakes; these may be votes without a dissenter.
+            certain = [row for row, value in enumerate(dataset[column]) if value in (0, 1)]
+            if certain:
+                raise ValueError(
+                    f"{label}: column {column!r} is 0 or 1 in {len(certain)} pairs, the first {certain[:10]}; "
+                    "loss_type='irepo' takes its logit, which would be infinite. Clip the column, say to 0.02..0.98: "
+                    f"load_pairs(...).map(lambda row: {{{column!r}: min(max(row[{column!r}], 0.02), 0.98)}})."
+                )
 
     def divergence_margins(self) -> dict[str, float | None]:
         # A reference that moves hides that the model gets worse slowly; the run's own start does not. Other samples

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl.trainer.utils import disable_dropout_in_model
 
 from ...data import PAIRS, Batch, Layout, Mode, NoisyBatch, corrupt, halves
-from ...data.layouts import named_datasets
+from ...data.layouts import Between, named_datasets
 from ...diffusion.elbo import denoising_error
 from ...diffusion.noise import RectifiedFlow
 from ...fingerprint import weights_fingerprint
@@ -62,7 +62,19 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     sample_name = "pairs"
     _tag_names = ["trl", "trl-diffusion-pref", "diffusion-dpo"]
     _name = "Diffusion-DPO"
-    _paper = {"title": "Diffusion Model Alignment Using Direct Preference Optimization", "id": "2311.12908"}
+    _paper = {
+        "title": "Diffusion Model Alignment Using Direct Preference Optimization",
+        "id": "2311.12908",
+        "citation": """\
+@misc{wallace2023diffusiondpo,
+    title         = {{Diffusion Model Alignment Using Direct Preference Optimization}},
+    author        = {Bram Wallace and Meihua Dang and Rafael Rafailov and Linqi Zhou and Aaron Lou and Senthil
+                     Purushwalkam and Stefano Ermon and Caiming Xiong and Shafiq Joty and Nikhil Naik},
+    year          = 2023,
+    eprint        = {2311.12908},
+    archivePrefix = {arXiv}
+}""",
+    }
 
     def __init__(
         self,
@@ -85,7 +97,10 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     # ---- Before the first step -----------------------------------------------------------------------------------
 
     def make_layout(self) -> Layout:
-        return replace(PAIRS, optional_scalars=(self.args.soft_label_column,)) if self._is_irepo else PAIRS
+        if not self._is_irepo:
+            return PAIRS
+        column = self.args.soft_label_column
+        return replace(PAIRS, optional_scalars=(column,), ranges={column: Between(0, 1)})
 
     @property
     def _is_irepo(self) -> bool:

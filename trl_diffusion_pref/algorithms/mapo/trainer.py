@@ -45,6 +45,14 @@ class MaPOTrainer(DiffusionTrainer):
     _paper = {
         "title": "Margin-aware Preference Optimization for Aligning Diffusion Models without Reference",
         "id": "2406.06424",
+        "citation": """\
+@misc{hong2024mapo,
+    title         = {{Margin-aware Preference Optimization for Aligning Diffusion Models without Reference}},
+    author        = {Jiwoo Hong and Sayak Paul and Noah Lee and Kashif Rasul and James Thorne and Jongheon Jeong},
+    year          = 2024,
+    eprint        = {2406.06424},
+    archivePrefix = {arXiv}
+}""",
     }
 
     def setup_step(self) -> None:

@@ -85,6 +85,15 @@ class SelfNPOTrainer(DiffusionTrainer):
     _paper = {
         "title": "Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning",
         "id": "2505.11777",
+        "citation": """\
+@misc{wang2025selfnpo,
+    title         = {{Self-NPO: Data-Free Diffusion Model Enhancement via Truncated Diffusion Fine-Tuning}},
+    author        = {Fu-Yun Wang and Keqiang Sun and Yao Teng and Xihui Liu and Jiale Yuan and Jiaming Song and
+                     Hongsheng Li},
+    year          = 2025,
+    eprint        = {2505.11777},
+    archivePrefix = {arXiv}
+}""",
     }
 
     # ---- Before the first step -----------------------------------------------------------------------------------

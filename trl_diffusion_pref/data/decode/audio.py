@@ -12,6 +12,9 @@ from .cell import CellProblem, import_extra, read_cell
 
 
 _MAX_PEAK = 10.0
+# Numbers that a file may decode to, 256 MB of float32: 12 minutes of stereo at 44.1 kHz. Hours of silence are a small
+# FLAC file.
+_MAX_NUMBERS = 2**26
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,13 @@ def _from_file(data: bytes) -> Waveform:
     if len(data) + 1 < stated < 2**30:
         raise CellProblem(f"the WAV file is cut off: it has {len(data)} of {stated} bytes", "damaged")
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            limit, rate = _MAX_NUMBERS // file.channels, file.samplerate
+            samples = file.read(limit, dtype="float32", always_2d=True)
     except Exception as error:
         raise CellProblem(f"the audio cannot be decoded ({error}); store it as WAV or FLAC", "damaged") from error
+    if len(samples) == limit:
+        raise CellProblem(f"the audio is longer than {limit / rate / 60:g} minutes; cut it", "too large")
     return Waveform(torch.from_numpy(samples.T.copy()), rate)
 
 

@@ -31,12 +31,16 @@ _SIGNATURES: list[tuple[int, tuple[bytes, ...], Kind]] = [
 ]
 
 
+# Of one sample. A member of an archive on this machine may claim to be any size.
+_MAX_FILE_BYTES = 2**29
+
 # Why a cell cannot be used, in the words of the counts that users see.
 ProblemKind = Literal[
     "empty cell",
     "missing file",
     "unreadable file",
     "wrong type",
+    "not an image",
     "damaged",
     "animation",
     "too large",
@@ -78,26 +82,51 @@ def read_cell(cell: object) -> object:
             A path may lead into an archive (`zip://a.png::b.zip`) or to the Hub (`hf://...`).
 
     Raises:
-        CellProblem: The file is missing or cannot be read.
+        CellProblem: The file is missing, empty or too large, or cannot be read; or a URL needs a package that is not
+            installed.
     """
     if isinstance(cell, Mapping) and cell.get("array") is None:
         data, path = cell.get("bytes"), cell.get("path")
     else:
         data, path = (None, str(cell)) if isinstance(cell, (str, os.PathLike)) else (None, None)
-    if isinstance(data, bytes):
-        return data
-    if path is None:
-        return cell
-    shown = path if len(str(path)) <= 100 else f"{str(path)[:100]}..."
+    data = cell if isinstance(cell, bytes) else data
+    if not isinstance(data, bytes):
+        if path is None:
+            return cell
+        if not str(path):
+            raise CellProblem("the path is empty", "empty cell")
+        data = _read_file(str(path))
+    if not data:
+        raise CellProblem(
+            "the file has no bytes" if path is None else f"the file at {path} has no bytes", "empty cell"
+        )
+    return data
+
+
+def _read_file(path: str) -> bytes:
+    """The bytes of a file, as `read_cell` reads it."""
+    shown = path if len(path) <= 100 else f"{path[:100]}..."
     try:
+        # Reading a pipe or a device could wait or go on for ever.
+        if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+            what = "a folder" if os.path.isdir(path) else "a pipe or a device"
+            raise CellProblem(f"{shown} is {what}, not a file", "unreadable file")
         with xopen(path, "rb") as file:
-            return file.read()
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except CellProblem:
+        raise
     except FileNotFoundError as error:
         raise CellProblem(f"no file at {shown}", "missing file") from error
+    except ImportError as error:
+        raise CellProblem(f"the file at {shown} cannot be read here ({error})", "missing package") from error
     # Archives, URLs and file systems each raise their own exceptions; the reason is in the message.
     except Exception as error:
         message = f"the file at {shown} cannot be read ({type(error).__name__}: {error})"
         raise CellProblem(message, "unreadable file") from error
+    if len(data) > _MAX_FILE_BYTES:
+        message = f"the file at {shown} has more than {_MAX_FILE_BYTES // 2**20} MiB; store it smaller"
+        raise CellProblem(message, "too large")
+    return data
 
 
 def kind_of(cell: object) -> Kind | None:

@@ -5,10 +5,17 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-from .cell import CellProblem, kind_of, read_cell
+from .cell import CellProblem, ProblemKind, kind_of, read_cell
+
+
+_TOO_LARGE = "Store it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file"
+# Drawings of lines. For the first one Pillow would start Ghostscript, a program that files can control.
+_VECTOR_FORMATS = ("EPS", "WMF")
+# What else is taken for an image, by its beginning.
+_NO_PIXELS = {b"%PDF": "a PDF document", b"%!PS": "a PostScript document", b"PK": "a zip archive"}
 
 
 def decode_image(cell: object) -> Image.Image:
@@ -37,6 +44,8 @@ def decode_image(cell: object) -> Image.Image:
         if frames == 1:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except CellProblem:
+        raise
     # Pillow's decoders raise nearly any exception for damaged files; the caller handles all of them alike.
     except Exception as error:
         raise CellProblem(f"the image cannot be decoded ({error})", "damaged") from error
@@ -46,23 +55,52 @@ def decode_image(cell: object) -> Image.Image:
 def open_image(data: bytes) -> Image.Image:
     """Opens an image file without decoding its pixels.
 
+    Pillow itself warns of images beyond `PIL.Image.MAX_IMAGE_PIXELS` and refuses those beyond twice as many. Here its
+    limit is a limit, since several images are decoded at once, and a warning would not say in which row.
+
     Raises:
-        CellProblem: Pillow cannot identify it, or it has more pixels than Pillow accepts from a file.
+        CellProblem: Pillow cannot identify it, it is drawn from lines and not stored as pixels, or it has more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
-        return Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise CellProblem(
-            f"{error} Store it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust the file", "too large"
-        ) from error
+        image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise CellProblem(f"the image may be a decompression bomb: {error} {_TOO_LARGE}", "too large") from error
     except Exception as error:
-        if data[4:8] == b"ftyp" and kind_of(data) == "image":
-            raise CellProblem(
-                "Pillow cannot decode HEIC or AVIF here; store the image as PNG or JPEG, or install pillow-heif and "
-                "call pillow_heif.register_heif_opener()",
-                "wrong format",
-            ) from error
-        raise CellProblem("the bytes are not an image that Pillow can identify", "damaged") from error
+        raise _unidentified(data, error) from error
+    if image.format in _VECTOR_FORMATS:
+        message = f"{image.format} files have lines instead of pixels; store the image as PNG or JPEG"
+        raise CellProblem(message, "wrong format")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        message = (
+            f"an image of {image.width}x{image.height} pixels; PIL.Image.MAX_IMAGE_PIXELS is {limit}. {_TOO_LARGE}"
+        )
+        raise CellProblem(message, "too large")
+    return image
+
+
+def _unidentified(data: bytes, error: Exception) -> CellProblem:
+    """Why Pillow cannot open a file, and what to do."""
+    if data[4:8] == b"ftyp" and kind_of(data) == "image" and not (data[8:11] == b"avi" and features.check("avif")):
+        return CellProblem(
+            "Pillow cannot decode HEIC or AVIF here; store the image as PNG or JPEG, or install pillow-heif and "
+            "call pillow_heif.register_heif_opener()",
+            "wrong format",
+        )
+    start = data[:1000].lstrip()
+    found = next((name for beginning, name in _NO_PIXELS.items() if start.startswith(beginning)), None)
+    if found is None and (b"<svg" in start or start.startswith(b"<?xml")):
+        found = "an SVG drawing"
+    elif found is None and start.startswith(b"<"):
+        found = "a web page"
+    if found is not None:
+        return CellProblem(f"found {found}, not an image; store the image as PNG or JPEG", "wrong format")
+    if kind_of(data) == "image" and not isinstance(error, UnidentifiedImageError):
+        # Such as text in a PNG file that grows beyond what Pillow accepts.
+        return CellProblem(f"the image cannot be opened ({error})", "damaged")
+    kind: ProblemKind = "damaged" if kind_of(data) == "image" else "not an image"
+    return CellProblem("the bytes are not an image that Pillow can identify", kind)
 
 
 def count_frames(image: Image.Image) -> int:
@@ -76,7 +114,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257.0).round().astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}, whose range is unknown; store it with 8 or 16 bits")
+        message = f"an image of mode {image.mode}, whose range is not known; store it with 8 or 16 bits"
+        raise CellProblem(message, "wrong format")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)

@@ -1,6 +1,9 @@
 """Decodes videos to frames: lists of images, animated images, and video files if PyAV is installed."""
 
 import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,14 +58,97 @@ def decode_video(cell: object, num_frames: int) -> list[Image.Image]:
     return frames
 
 
-def _from_list(cells: list | tuple) -> list[Image.Image]:
-    frames = []
+@dataclass(frozen=True)
+class VideoSummary:
+    """A video of which one frame was kept.
+
+    Args:
+        first_frame: RGB.
+        frames: How many it has, all of which could be decoded.
+        seconds: As long as its file says it is shown; None for a list of frames.
+    """
+
+    first_frame: Image.Image
+    frames: int
+    seconds: float | None
+
+
+def summarise_video(cell: object) -> VideoSummary:
+    """Decodes all frames of a video, one at a time.
+
+    Args:
+        cell: As for `decode_video`.
+
+    Raises:
+        CellProblem: As for `decode_video`, whatever the number of frames.
+    """
+    cell = read_cell(cell)
+    frames: Iterable[tuple[Image.Image, float | None]]
+    if isinstance(cell, bytes):
+        frames = _animation_frames(cell) if kind_of(cell) == "image" else _first_of_all(cell)
+    else:
+        # What is wrong with any other cell is said there.
+        listed = cell if isinstance(cell, (list, tuple)) else decode_video(cell, 1)
+        frames = ((frame, None) for frame in _each_of(listed))
+    first: Image.Image | None = None
+    count, seconds = 0, 0.0
+    for frame, shown in frames:
+        first = first or frame
+        if frame.size != first.size:
+            sizes = " and ".join(f"{size[0]}x{size[1]}" for size in (first.size, frame.size))
+            raise CellProblem(f"its frames have several sizes ({sizes} pixels)", "wrong format")
+        count, seconds = count + 1, seconds + (shown or 0.0)
+    if first is None:
+        raise CellProblem("the video has no frames", "empty cell")
+    return VideoSummary(first, count, seconds or None)
+
+
+def _each_of(cells: Iterable[object]) -> Iterator[Image.Image]:
     for number, cell in enumerate(cells):
         try:
-            frames.append(decode_image(cell))
+            yield decode_image(cell)
         except CellProblem as problem:
             raise CellProblem(f"frame {number}: {problem}", problem.kind) from problem
-    return frames
+
+
+def _animation_frames(data: bytes) -> Iterator[tuple[Image.Image, float]]:
+    """Frames, and the seconds that each is shown."""
+    image = open_image(data)
+    try:
+        for frame in ImageSequence.Iterator(image):
+            yield decode_image(frame.copy()), frame.info.get("duration", 0) / 1000
+    # Pillow's decoders raise nearly any exception for damaged files.
+    except Exception as error:
+        raise CellProblem(f"the animation cannot be decoded ({error})", "damaged") from error
+
+
+def _first_of_all(data: bytes) -> Iterator[tuple[Image.Image, float]]:
+    """As `_animation_frames` for a video file, with the first frame in place of the others: they cost time."""
+    first: Image.Image | None = None
+    for frame, seconds in _video_frames(data):
+        first = first or _as_shown(frame)
+        yield first, seconds
+
+
+def _video_frames(data: bytes) -> Iterator[tuple["VideoFrame", float]]:
+    """The frames of a video file, and the seconds that each is shown."""
+    av = import_extra("av", "video", "decoding a video file (a list of frames can be passed instead)")
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            rate = container.streams.video[0].average_rate
+            for frame in container.decode(video=0):
+                if frame.width * frame.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                    raise CellProblem(f"its frames have {frame.width}x{frame.height} pixels; scale them", "too large")
+                yield frame, float(1 / rate) if rate else 0.0
+    except CellProblem:
+        raise
+    # FFmpeg's decoders raise many exceptions for damaged files.
+    except Exception as error:
+        raise CellProblem(f"the video cannot be decoded ({error})", "damaged") from error
+
+
+def _from_list(cells: list | tuple) -> list[Image.Image]:
+    return list(_each_of(cells))
 
 
 def _from_animation(data: bytes, num_frames: int) -> tuple[list[Image.Image], int]:
@@ -82,20 +168,12 @@ def _from_animation(data: bytes, num_frames: int) -> tuple[list[Image.Image], in
 
 def _from_video(data: bytes, num_frames: int) -> tuple[list[Image.Image], int]:
     """The first `num_frames` frames of a video file, and how many it has."""
-    av = import_extra("av", "video", "decoding a video file (a list of frames can be passed instead)")
     frames: list[Image.Image] = []
     count = 0
-    try:
-        with av.open(io.BytesIO(data)) as container:
-            # All frames are counted, but a long video is not kept in memory.
-            for count, frame in enumerate(container.decode(video=0), start=1):
-                if count <= num_frames:
-                    frames.append(_as_shown(frame))
-    except CellProblem:
-        raise
-    # FFmpeg's decoders raise many exceptions for damaged files.
-    except Exception as error:
-        raise CellProblem(f"the video cannot be decoded ({error})", "damaged") from error
+    # All frames are counted, but a long video is not kept in memory.
+    for count, (frame, _) in enumerate(_video_frames(data), start=1):
+        if count <= num_frames:
+            frames.append(_as_shown(frame))
     return frames, count
 
 

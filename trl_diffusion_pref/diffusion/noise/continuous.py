@@ -49,7 +49,7 @@ class RectifiedFlow(ContinuousTimes):
             then nothing can be drawn and there is no grid, but estimates of the ELBO need neither.
         shift_terminal: In [0, 1), the grid's last time before the end, to which it is stretched after the shift;
             training times then lie in [shift_terminal, 1], as those of a grid of ever more steps.
-        by_size: Processes for other sizes, by the latents' shape.
+        by_size: Processes for samples of several sizes, by the latents' shape; empty where one process is for all.
 
     Raises:
         ValueError: Unknown sampling, or a value outside its range.
@@ -76,14 +76,20 @@ class RectifiedFlow(ContinuousTimes):
         self.by_size = dict(by_size or {})
 
     def sized(self, latent_shape: tuple[int, ...]) -> NoiseProcess:
-        return self.by_size.get(tuple(latent_shape), self)
+        if not self.by_size:
+            return self
+        if tuple(latent_shape) not in self.by_size:
+            known = ", ".join(map(str, sorted(self.by_size)))
+            raise ValueError(f"There is no time shift for latents of shape {tuple(latent_shape)}, only for {known}.")
+        return self.by_size[tuple(latent_shape)]
 
     def describe(self, *, training_times: bool = False) -> str:
         described = super().describe()
         if not training_times:
             return described
         shift = "unknown" if self.shift is None else f"{self.shift:.6g}"
-        return f"{described} {self.timestep_sampling} shift {shift} terminal {self.shift_terminal:g}"
+        described = f"{described} {self.timestep_sampling} shift {shift} terminal {self.shift_terminal:g}"
+        return described + "".join(f", {shape} {process.shift:.6g}" for shape, process in sorted(self.by_size.items()))
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1.0 - t.float(), t.float()
