@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest lint docs benchmark weights clean
+.PHONY: demo test test-all test-oldest browser lint docs benchmark weights clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,12 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# For the tests of the comparison page, which are skipped where there is no browser.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { apt-get update -qq && apt-get install -qq -y chromium chromium-driver >/dev/null; } \
+		|| echo "No Chromium, and it could not be installed: the tests of pages are skipped."
 
 # What runs on constraints-oldest.txt: options, noise, losses, every family against its pipeline, the three trainers,
 # saving and resuming. Left out: recorded numbers, tests marked `newest`, and the slowest trainings.
@@ -63,6 +69,13 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/self_npo_step_time.py
 	$(BIN)/python benchmarks/diffusion_npo.py
 	$(BIN)/python benchmarks/sdxl_memory.py
+	$(BIN)/python benchmarks/encoding_costs.py
+	$(BIN)/python benchmarks/encoding_memory.py
+	$(BIN)/python benchmarks/encoding_processes.py
+	$(BIN)/python benchmarks/cache_dtype.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/clean_in_style.py
+	$(BIN)/python benchmarks/rounds.py
 
 # Trains the embedded pipelines again, about three quarters of an hour on two cores.
 weights: .venv/installed

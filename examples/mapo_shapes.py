@@ -1,18 +1,17 @@
 """Trains the embedded pipeline with MaPO to prefer outlined shapes, in two or three minutes on two CPU cores.
 
-The base generates outlined shapes occasionally; the pairs prefer them to filled ones. The end is a page that compares
-the tuned model with the base on the same prompts and seeds.
+The pairs prefer outlined shapes, which the base generates occasionally. A page compares the result with the base.
 """
 
 import argparse
 from pathlib import Path
 
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer
-from trl_diffusion_pref.evaluation import compare
 from trl_diffusion_pref.shapes import (
+    compare_with_base,
     comparison_picture,
     comparison_table,
     load_pipeline,
@@ -21,7 +20,6 @@ from trl_diffusion_pref.shapes import (
     prompts,
     sample,
     sample_base,
-    shapes_reward,
 )
 
 
@@ -45,7 +43,6 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer = MaPOTrainer(str(pipeline_folder()), config, preference_pairs(512), peft_config=peft_config)
     trainer.train()
     trainer.save_model()
-
     tuned = load_pipeline() if options.lora else DiffusionPipeline.from_pretrained(options.output_dir)
     if options.lora:
         tuned.load_lora_weights(options.output_dir)
@@ -53,13 +50,9 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     images = {"before": sample_base("mixed", prompted), "after": sample(tuned, prompted)}
     print(comparison_table(images, prompted, preferred_style="outlined"))
     print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")
-    print(f"pipeline: {options.output_dir}")
     if options.comparison:
-        base, folder = load_pipeline(), Path(options.output_dir) / "comparison"
-        base.scheduler = DDIMScheduler.from_config(base.scheduler.config)
-        call = {"guidance_scale": 3.0, "num_inference_steps": 20, "batch_size": 32}
-        found = compare(base, options.output_dir, prompts(), shapes_reward, folder, samples_per_prompt=4, **call)
-        print(f"\n{found.to_markdown()}\npage: {folder / 'index.html'}")
+        found = compare_with_base(options.output_dir, Path(options.output_dir) / "comparison")
+        print(f"\n{found.to_markdown()}\npage: {options.output_dir}/comparison/index.html")
     return images
 
 

@@ -1,6 +1,7 @@
 """What the README promises: the examples, run as a user runs them, on the trained shapes pipeline."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ def run(name: str, *arguments: str) -> dict:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_mapo_teaches_the_preferred_style_and_keeps_colour_and_shape(lora, tmp_path, capsys):
-    pictures = run("mapo_shapes", "--output_dir", str(tmp_path / "out"), *(["--lora"] if lora else []))
+    # Once is enough for the comparison.
+    arguments = ["--lora", "--no-comparison"] if lora else []
+    pictures = run("mapo_shapes", "--output_dir", str(tmp_path / "out"), *arguments)
     before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
     assert before.count == after.count == 64
     assert before.preferred <= 0.5
@@ -48,6 +51,9 @@ def test_mapo_teaches_the_preferred_style_and_keeps_colour_and_shape(lora, tmp_p
         assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
     else:
         StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+        report = json.loads((tmp_path / "out" / "comparison" / "comparison.json").read_text())
+        assert report["models"]["tuned"]["rewards"]["shapes_reward"]["win rate"]["low"] > 0.8
+        assert "<title>" in (tmp_path / "out" / "comparison" / "index.html").read_text()
 
 
 def test_dpo_teaches_the_preferred_style_and_its_held_out_accuracy_rises(tmp_path, capsys):
@@ -128,6 +134,22 @@ def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method
     assert plain.preferred <= 0.3
     assert guided.preferred >= plain.preferred + 0.1
     assert guided.shape >= 0.9
+
+
+@pytest.mark.slow
+def test_pairs_of_its_own_samples_teach_a_model_the_preferred_style(tmp_path):
+    pictures = run("self_made_pairs_shapes", "--output_dir", str(tmp_path / "out"))
+    after = summarize(pictures["after"], ASKED)
+    assert after.preferred >= 0.95
+    assert after.colour >= 0.95 and after.shape >= 0.95
+
+
+@pytest.mark.slow
+def test_two_rounds_of_self_made_pairs_do_no_worse_than_one(tmp_path):
+    base, one, two = run("rounds_shapes", "--output_dir", str(tmp_path / "out"))
+    assert base.preferred <= 0.3
+    assert one.preferred >= 0.95 and two.preferred >= one.preferred
+    assert two.colour >= 0.95 and two.shape >= 0.95
 
 
 def test_the_example_is_short():

@@ -1,12 +1,10 @@
-"""Samples are those of the pipeline's own call, the same bytes however they are made, and made once."""
+"""Samples are those of the pipeline's own call, the same bytes however they are made, and made once.
+
+tests/preference_data/test_make.py runs several processes and kills one.
+"""
 
 import io
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from helpers import sampling_run, tiny
+from helpers import tiny
 from helpers.pipelines import build_tiny_pipeline
 from peft import LoraConfig
 from PIL import Image
@@ -40,10 +38,6 @@ def bytes_of(item) -> list[bytes]:
     return [frame.tobytes() for frame in (item if isinstance(item, list) else [item])]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def tiny_samples(pipeline, **options):
     return sample(pipeline, TEXTS, [0, 1, 2, 3], **{"num_inference_steps": 2, "show_progress": False, **options})
 
@@ -61,42 +55,6 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     )
     assert one == four
     assert one[1] != one[3], "another seed"
-
-
-def test_two_processes_complete_what_a_killed_one_began_with_the_same_bytes(tmp_path):
-    whole, begun = tmp_path / "whole", tmp_path / "begun"
-    script = str(Path(__file__).parents[1] / "helpers" / "sampling_run.py")
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, script, str(begun), "1"], env=environment, **quiet)
-    threads = torch.get_num_threads()
-    # Another number of threads, which would divide products otherwise if several computed.
-    torch.set_num_threads(2)
-    try:
-        sampling_run.main(str(whole), 8)
-    finally:
-        torch.set_num_threads(threads)
-    deadline = time.monotonic() + 120
-    while len(list(begun.glob("*.png"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in begun.glob("*.png")}
-    assert 3 <= len(before) < len(sampling_run.PROMPTS)
-    (begun / ".left.unfinished").write_bytes(b"of a killed process")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, script, str(begun), "1"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"made (\d+)", done.stdout) == [str(len(sampling_run.PROMPTS) - len(before))] * 2
-    assert files_of(begun) == files_of(whole)
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was made twice"
 
 
 def test_the_embedded_flow_pipeline_does_not_depend_on_the_batch_either():

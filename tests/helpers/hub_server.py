@@ -101,7 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         elif parts[0] == "datasets":
-            content = files["/".join(parts[5:])]
+            content = files.get("/".join(parts[5:]))
+            if content is None:
+                self._answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
+                return
             etag = f'"{hashlib.sha1(content).hexdigest()}"'
             self._answer(content, ETag=etag, X_Repo_Commit=self.server.sha(repository))
         elif parts[4:5] == ["tree"]:
@@ -112,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
         inside = {name: content for name, content in files.items() if name.startswith(f"{folder}/" if folder else "")}
-        if not inside:
+        if not inside and folder:
             self._answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound")
             return
         listed: dict[str, dict] = {}
@@ -139,6 +142,7 @@ def hub_server(monkeypatch):
     """A running `HubServer`, which huggingface_hub takes for the Hub."""
     server = HubServer()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

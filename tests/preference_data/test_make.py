@@ -206,25 +206,38 @@ def test_videos_and_audio_are_paired_and_trained_on(name, tmp_path, config):
 # ---- Made once ---------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_is_completed_by_two_processes_with_the_same_rows(tmp_path):
-    whole = make_pairs_run.main(str(tmp_path / "whole"))
+def test_two_processes_complete_what_a_killed_one_began_with_the_same_bytes(tmp_path):
+    """One process with batches of 8 and two threads, and one that is killed and two with batches of 1."""
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
     script = str(Path(__file__).parents[1] / "helpers" / "make_pairs_run.py")
     kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    begun, quiet = tmp_path / "begun", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, script, str(begun)], env=environment, **quiet)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, script, str(begun), "1"], env=environment, **quiet)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = make_pairs_run.main(str(whole), 8)
+    finally:
+        torch.set_num_threads(threads)
     deadline = time.monotonic() + 120
     while len(list(begun.glob("samples/*.png"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (begun / "pairs").exists()
+    before = {path: path.stat().st_mtime_ns for path in begun.glob("samples/*.png")}
+    assert 3 <= len(before) < 10 and not (begun / "pairs").exists()
+    (begun / "samples" / ".left.unfinished").write_bytes(b"of a killed process")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launch, script, str(begun)]
+    command = [sys.executable, *launch, script, str(begun), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.findall(r"rows (\d+)", done.stdout) == [str(len(whole))] * 2
-    assert make_pairs_run.main(str(begun)) == whole
+    # In every process.
+    assert re.findall(r"rows (\d+)", done.stdout) == [str(len(rows))] * 2
+    samples = [{path.name: path.read_bytes() for path in (folder / "samples").iterdir()} for folder in (whole, begun)]
+    assert samples[0] == samples[1] and len(samples[0]) == 10
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was made twice"
+    assert make_pairs_run.main(str(begun), 8) == rows
 
 
 def test_only_missing_samples_and_scores_are_made(tmp_path):
@@ -285,21 +298,20 @@ def test_a_folder_with_results_of_other_options_is_refused(change, message, tmp_
 # ---- What is left out, and what is refused -----------------------------------------------------------------------
 
 
-def blanking(pipeline, prompts: set[str]):
-    """Makes the pipeline's images of some prompts black, every second time."""
-    original, calls = pipeline.run_safety_checker, []
+def blanking(pipeline):
+    """Makes some of the images black as a safety checker does, counted from 1."""
+    calls = []
 
     def check(image, device, dtype):
         calls.append(1)
         return (-torch.ones_like(image) if len(calls) in (2, 4, 5, 6) else image), None
 
     pipeline.run_safety_checker = check
-    return original
 
 
 def test_blank_samples_and_ties_are_left_out_and_counted(tmp_path, caplog):
     pipeline = build_tiny_pipeline()
-    blanking(pipeline, set())
+    blanking(pipeline)
 
     def tied(prompts, samples):
         assert all(np.asarray(image).any() for image in samples), "a blank sample is not scored"

@@ -8,7 +8,7 @@ from .drawing import COLOURS, IMAGE_SIZE, SHAPES, STYLES, Scene, draw, prompts, 
 from .judge import Summary, Verdict, judge, summarize
 from .pairs import preference_pairs
 from .pipeline import load_pipeline, pipeline_folder, sample, sample_base
-from .report import comparison_picture, comparison_table
+from .report import compare_with_base, comparison_picture, comparison_table
 from .reward import shapes_reward
 
 
@@ -20,6 +20,7 @@ __all__ = [
     "Scene",
     "Summary",
     "Verdict",
+    "compare_with_base",
     "comparison_picture",
     "comparison_table",
     "draw",

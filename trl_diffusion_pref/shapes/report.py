@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
 
-from .drawing import IMAGE_SIZE
+from ..evaluation.compare import Tuned, compare
+from ..evaluation.comparison import Comparison
+from .drawing import IMAGE_SIZE, prompts
 from .judge import Summary, summarize
+from .pipeline import load_pipeline
+from .reward import shapes_reward
 
 
 _SCALE = 2
@@ -54,3 +60,16 @@ def comparison_picture(
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
     return path
+
+
+def compare_with_base(tuned: Tuned, folder: str | Path) -> Comparison:
+    """`evaluation.compare` of the base "mixed" with a tuned model: all captions, four samples each, by the judge.
+
+    Args:
+        tuned: A folder, a LoRA or a loaded pipeline.
+        folder: For the report, whose page is `index.html`.
+    """
+    base = load_pipeline()
+    base.scheduler = DDIMScheduler.from_config(base.scheduler.config)
+    call: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 20, "batch_size": 32}
+    return compare(base, tuned, prompts(), shapes_reward, folder, samples_per_prompt=4, **call)
