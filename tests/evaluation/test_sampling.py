@@ -50,11 +50,16 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     options = {**dict(zip(("height", "width"), case.size, strict=False)), **case.call}
     options |= GUIDED.get(name, {"guidance_scale": 4.0})
-    one, four = (
-        [bytes_of(item) for item in tiny_samples(pipeline, batch_size=size, **options)] for size in (1, len(TEXTS))
-    )
-    assert one == four
-    assert one[1] != one[3], "another seed"
+    decoded: list[torch.Tensor] = []
+    pipeline.vae.decoder.register_forward_hook(lambda module, args, output: decoded.append(output))
+    results = []
+    for size in (1, len(TEXTS)):
+        decoded.clear()
+        samples = [bytes_of(item) for item in tiny_samples(pipeline, batch_size=size, **options)]
+        # Numbers as well, which become equal bytes more often than not. In some families the order differs.
+        results.append((samples, sorted(row.numpy().tobytes() for output in decoded for row in output)))
+    assert results[0] == results[1]
+    assert samples[1] != samples[3], "another seed"
 
 
 def test_the_embedded_flow_pipeline_does_not_depend_on_the_batch_either():

@@ -101,7 +101,8 @@ def check_trainable(
                 f"The pipeline's {family.denoiser_name} carries {len(names)} adapters that can be found "
                 f"({', '.join(names) or 'none'}); exactly one can be trained. Unload the others."
             )
-        check_exportable(lora_config(wrapper) if wrapper else base.peft_config[names[0]], base, family, kohya=kohya)
+        if kohya:
+            check_exportable(lora_config(wrapper) if wrapper else base.peft_config[names[0]], base, family, kohya=True)
     elif peft_config is None and base.dtype == torch.float16:
         raise ValueError(
             f"The {family.denoiser_name}'s weights are float16, in which small updates vanish and the loss "
