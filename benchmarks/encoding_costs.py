@@ -11,8 +11,8 @@ from pathlib import Path
 from trl_diffusion_pref.data import EncodingOptions
 from trl_diffusion_pref.data.cache import readable_bytes
 from trl_diffusion_pref.data.costs import encoding_costs
-from trl_diffusion_pref.data.published_sizes import PUBLISHED, published_pipeline
 from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.families.published_sizes import PUBLISHED, published_pipeline
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,7 @@ from trl_diffusion_pref.shapes import load_pipeline, preference_pairs
 
 
 RESULTS = Path(__file__).parent / "results"
-PAIRS, SIDE, REPETITIONS = 512, 64, 3
+PAIRS, SIDE, REPETITIONS = 1024, 64, 3
 
 
 def run(folder: Path, rows: Path) -> None:
@@ -46,14 +46,15 @@ def run(folder: Path, rows: Path) -> None:
     (folder / f"rank-{config.process_index}.json").write_text(json.dumps({"wall": wall, "processor": processor}))
 
 
-def measure(processes: int, folder: Path, rows: Path) -> tuple[float, float]:
-    """Seconds of wall time, and of processor time of all processes."""
+def measure(processes: int, folder: Path, rows: Path) -> tuple[float, float, float]:
+    """Seconds of wall time, of processor time of all processes, and of that of the busiest one."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launch, __file__, "--worker", str(folder), str(rows)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     ranks = [json.loads(file.read_text()) for file in folder.glob("rank-*.json")]
-    return max(rank["wall"] for rank in ranks), sum(rank["processor"] for rank in ranks)
+    used = [rank["processor"] for rank in ranks]
+    return max(rank["wall"] for rank in ranks), sum(used), max(used)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -68,7 +69,7 @@ def main() -> None:
     if options.worker:
         run(*map(Path, options.worker))
         return
-    times: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    times: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as temporary:
         rows = Path(temporary) / "rows"
         preference_pairs(PAIRS).save_to_disk(rows)
@@ -80,7 +81,10 @@ def main() -> None:
                 written.append(files(folder))
         equal = all(one == written[0] for one in written)
     ratios = [two[0] / one[0] for one, two in zip(times[1], times[2], strict=True)]
-    processor = statistics.median(two[1] for two in times[2]) / statistics.median(one[1] for one in times[1])
+    processor, busiest = (
+        statistics.median(two[kind] for two in times[2]) / statistics.median(one[kind] for one in times[1])
+        for kind in (1, 2)
+    )
     lines = [
         "# Encoding with two processes",
         "",
@@ -89,6 +93,8 @@ def main() -> None:
         "",
         f"* wall time of two processes, in units of one's: {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f})",
+        f"* processor time of the busier of two processes, in units of one's: {busiest:.2f}, to which the wall",
+        "  time comes where nothing else runs",
         f"* processor time of two processes together, in units of one's: {processor:.2f}",
         f"* files of all runs {'are equal byte by byte' if equal else 'DIFFER'}",
         "",

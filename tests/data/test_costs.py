@@ -12,9 +12,9 @@ from trl_diffusion_pref.data import costs as module
 from trl_diffusion_pref.data.cache import row_bytes
 from trl_diffusion_pref.data.costs import encoding_costs, text_flops, vae_flops
 from trl_diffusion_pref.data.options import as_stored
-from trl_diffusion_pref.data.published_sizes import PUBLISHED, published_pipeline
 from trl_diffusion_pref.data.shards import as_keys, key_of, write_shard
 from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.families.published_sizes import PUBLISHED, published_pipeline
 from trl_diffusion_pref.shapes import preference_pairs
 
 

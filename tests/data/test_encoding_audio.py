@@ -59,9 +59,9 @@ def test_changes_to_audio_are_reported_once_also_from_the_cache(stable_audio, tm
         encode(dataset, stable_audio, tmp_path)
     reported = [record.getMessage() for record in caplog.records if "audio of" in record.getMessage()]
     assert reported == [
-        "train_dataset: audio of 32 Hz is resampled to 16 Hz",
         "train_dataset: audio of 1 channels is mixed to 2",
         "train_dataset: audio of 2 s is padded with silence to 8 s",
+        "train_dataset: audio of 32 Hz is resampled to 16 Hz",
     ]
     caplog.clear()
     encode(dataset, stable_audio, tmp_path)

@@ -29,9 +29,9 @@ from trl_diffusion_pref import DatasetInspection, inspect_dataset, load_pairs
 from trl_diffusion_pref.data import PAIRS, EncodingOptions
 from trl_diffusion_pref.data.preparation import preparation_for
 from trl_diffusion_pref.data.prompts import cut_prompts
-from trl_diffusion_pref.data.published_sizes import published_pipeline
 from trl_diffusion_pref.data.samples import SampleEncoder
 from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.families.published_sizes import published_pipeline
 from trl_diffusion_pref.inspection.model import InspectedModel
 
 
