@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..families import family_for
 from ..guidance.tuned import with_tuned_weights
-from ..host_libraries import dtype_option, quiet_loading
 from ..rewards.scoring import Rewards, score
 from .comparison import Comparison, distances_within
 from .comparison_page import comparison_page
+from .loading import loaded_pipeline
 from .page_media import data_url, features
 from .preference import HeldOutPairs
 from .sample_files import Samples, is_blank, write_whole
@@ -109,7 +109,7 @@ def compare(
         raise ValueError(
             f"tuned has the names {', '.join(names[1:]) or 'of no model'}; pass each model once, and none as 'base'."
         )
-    pipeline = _loaded(base, model_init_kwargs, device)
+    pipeline = loaded_pipeline(base, model_init_kwargs, device)
     family, folder, main = family_for(pipeline), Path(output), PartialState().is_main_process
     options = {
         "samples per prompt": samples_per_prompt,
@@ -186,22 +186,6 @@ def _checked_prompts(prompts: Sequence[str]) -> list[str]:
             f"The prompt {twice!r} comes twice; pass each once, and raise samples_per_prompt for more samples."
         )
     return prompts
-
-
-def _loaded(
-    base: str | os.PathLike[str] | DiffusionPipeline,
-    model_init_kwargs: Mapping[str, Any] | None,
-    device: str | torch.device | None,
-) -> DiffusionPipeline:
-    if isinstance(base, DiffusionPipeline):
-        if model_init_kwargs or device is not None:
-            raise ValueError("model_init_kwargs and device are for a base given by name, but a loaded one was passed.")
-        return base
-    options = dict(model_init_kwargs or {})
-    dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or torch.float32
-    with quiet_loading():
-        pipeline = DiffusionPipeline.from_pretrained(base, **dtype_option(dtype), **options)
-    return pipeline.to(device or PartialState().device)
 
 
 def _check_report(file: Path, own: Mapping[str, Any]) -> None:
