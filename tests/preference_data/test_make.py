@@ -228,12 +228,18 @@ def test_two_processes_complete_what_a_killed_one_began_with_the_same_bytes(tmp_
     before = {path: path.stat().st_mtime_ns for path in begun.glob("samples/*.png")}
     assert 3 <= len(before) < 10 and not (begun / "pairs").exists()
     (begun / "samples" / ".left.unfinished").write_bytes(b"of a killed process")
+    for left in begun.glob("samples/.*.unfinished"):
+        os.utime(left, (time.time() - 7200,) * 2)
+    young = begun / "samples" / ".young.unfinished"
+    young.write_bytes(b"of another run that shares the folder")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [sys.executable, *launch, script, str(begun), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     # In every process.
     assert re.findall(r"rows (\d+)", done.stdout) == [str(len(rows))] * 2
+    assert young.read_bytes()
+    young.unlink()
     samples = [{path.name: path.read_bytes() for path in (folder / "samples").iterdir()} for folder in (whole, begun)]
     assert samples[0] == samples[1] and len(samples[0]) == 10
     assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was made twice"

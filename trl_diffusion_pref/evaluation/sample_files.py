@@ -4,7 +4,9 @@ import io
 import os
 import shutil
 import struct
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias, overload
 from uuid import uuid4
@@ -23,6 +25,7 @@ Sample: TypeAlias = Image.Image | list[Image.Image] | Waveform
 # A video is a folder with one file per frame.
 SUFFIXES: dict[Modality, str] = {"image": ".png", "video": "", "audio": ".wav"}
 _UNFINISHED = ".unfinished"
+_ABANDONED_AFTER = 3600  # seconds
 # WAVE_FORMAT_IEEE_FLOAT.
 _FLOAT = 3
 
@@ -127,12 +130,19 @@ def _unfinished(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left in a folder; no other process may be writing to it."""
+    """Removes what killed processes left in a folder: what nobody has written to for an hour.
+
+    Younger files may be those of another run that shares the folder.
+    """
     for path in folder.glob(f".*{_UNFINISHED}"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        # The other run may give it its name in this moment.
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime < _ABANDONED_AFTER:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 class Samples(Sequence[Sample]):
