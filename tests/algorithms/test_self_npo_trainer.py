@@ -472,3 +472,13 @@ def test_the_released_lists_of_a_checkpoint(npo, asked, tmp_path):
     SelfNPOTrainer(build_tiny_pipeline(), npo(save_strategy="steps", save_steps=3), asked).train()
     names = {path.name for path in Path(tmp_path / "output" / "checkpoint-3").iterdir()}
     assert {"unet", "reference.safetensors", "trajectory_pool-0.safetensors", "trl_diffusion_pref.json"} <= names
+
+
+def test_encoders_are_not_read_again_in_every_step(npo, asked, tmp_path, monkeypatch):
+    build_tiny_pipeline().save_pretrained(tmp_path / "base")
+    trainer = SelfNPOTrainer(str(tmp_path / "base"), npo(max_steps=2), asked)
+    read = []
+    monkeypatch.setattr(trainer.encoders, "load", lambda names: read.append(names))
+    trainer.add_callback(EachStep(lambda *_: read.append("step")))
+    trainer.train()
+    assert read == ["step", "step"]

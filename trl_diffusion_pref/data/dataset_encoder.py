@@ -83,7 +83,8 @@ class DatasetEncoder:
         """The unconditional side's conditioning, `(1, ...)` float32."""
         return {name: tensor.float() for name, tensor in self.prompts([""]).items()}
 
-    @property
+    # Algorithms ask in every step, when the encoders may be out of memory and would be read again each time.
+    @cached_property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one sample: `(C, h, w)`, of a video `(C, f, h, w)`; with aspect-ratio buckets the square's."""
         with self.encoders.present():

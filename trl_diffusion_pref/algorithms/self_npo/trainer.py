@@ -112,6 +112,8 @@ class SelfNPOTrainer(DiffusionTrainer):
         args = self.args
         self.options = SelfNPOOptions(cast(SelfNPOLossType, args.loss_type), args.huber_c)
         self.times = self.noise_process.solver_times(args.solver_steps)
+        # Now, while the encoders are in memory.
+        self.uncropped = self.encoder.uncropped_conditioning
         self.teacher = self._make_teacher()
         if args.teacher == "ema":
             self.checkpointer.parts["reference"] = self.teacher
@@ -229,8 +231,7 @@ class SelfNPOTrainer(DiffusionTrainer):
             return batch.conditioning()
         count = len(batch.rows)
         return batch.conditioning() | {
-            name: tensor.to(batch.rows.device).expand(count, *tensor.shape)
-            for name, tensor in self.encoder.uncropped_conditioning.items()
+            name: tensor.to(batch.rows.device).expand(count, *tensor.shape) for name, tensor in self.uncropped.items()
         }
 
     def _guided(self, teacher: nn.Module, conditioning: dict[str, Tensor]) -> Predict:
