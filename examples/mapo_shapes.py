@@ -6,10 +6,16 @@ The pairs prefer outlined shapes, which the base generates occasionally. A page 
 import argparse
 from pathlib import Path
 
+# Before diffusers and PEFT, whose notices about optional packages it hides.
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer
+
+
+# isort: split
+
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from trl_diffusion_pref import MaPOConfig, MaPOTrainer
+from trl_diffusion_pref.host_libraries import quiet_loading
 from trl_diffusion_pref.shapes import (
     compare_with_base,
     comparison_picture,
@@ -43,9 +49,10 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer = MaPOTrainer(str(pipeline_folder()), config, preference_pairs(512), peft_config=peft_config)
     trainer.train()
     trainer.save_model()
-    tuned = load_pipeline() if options.lora else DiffusionPipeline.from_pretrained(options.output_dir)
-    if options.lora:
-        tuned.load_lora_weights(options.output_dir)
+    with quiet_loading():
+        tuned = load_pipeline() if options.lora else DiffusionPipeline.from_pretrained(options.output_dir)
+        if options.lora:
+            tuned.load_lora_weights(options.output_dir)
     prompted = (4 * prompts())[:64]
     images = {"before": sample_base("mixed", prompted), "after": sample(tuned, prompted)}
     print(comparison_table(images, prompted, preferred_style="outlined"))

@@ -7,9 +7,15 @@ from the pairs to prefer outlined shapes.
 import argparse
 from pathlib import Path
 
+# Before diffusers and PEFT, whose notices about optional packages it hides.
+from trl_diffusion_pref import MaPOConfig, MaPOTrainer, make_pairs
+
+
+# isort: split
+
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from trl_diffusion_pref import MaPOConfig, MaPOTrainer, make_pairs
+from trl_diffusion_pref.host_libraries import quiet_loading
 from trl_diffusion_pref.shapes import (
     comparison_picture,
     comparison_table,
@@ -57,7 +63,9 @@ def main(argv: list[str] | None = None) -> dict[str, list]:
     trainer.train()
     trainer.save_model()
 
-    tuned, prompted = DiffusionPipeline.from_pretrained(options.output_dir), (4 * prompts())[:64]
+    with quiet_loading():
+        tuned = DiffusionPipeline.from_pretrained(options.output_dir)
+    prompted = (4 * prompts())[:64]
     images = {"before": sample_base("mixed", prompted), "after": sample(tuned, prompted)}
     print(comparison_table(images, prompted, preferred_style="outlined"))
     print(f"figure: {comparison_picture(images, Path(options.output_dir) / 'before_after.png')}")

@@ -1,11 +1,11 @@
 """What the README promises: the examples, run as a user runs them, on the trained shapes pipeline."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from helpers.examples import EXAMPLES
+from helpers.examples import run_example as run
 from peft import LoraConfig
 from PIL import Image
 
@@ -23,15 +23,7 @@ from trl_diffusion_pref.shapes import (
 from trl_diffusion_pref.training.divergence import DivergenceError
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 ASKED = (4 * prompts())[:64]
-
-
-def run(name: str, *arguments: str) -> dict:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(list(arguments))
 
 
 @pytest.mark.parametrize("lora", [False, True])

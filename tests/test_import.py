@@ -36,7 +36,7 @@ def test_import_and_config_print_nothing(tmp_path):
     assert (result.stdout, result.stderr) == ("", "")
 
 
-def test_only_the_two_notices_are_hidden_and_only_while_importing():
+def test_only_known_notices_are_hidden_and_only_while_importing():
     code = """
 import logging
 from trl_diffusion_pref.host_libraries import quiet_imports

@@ -1,4 +1,4 @@
-"""What the host libraries print while they are imported and load a pipeline, and a name that differs by version."""
+"""What the host libraries print while they are imported, load and save pipelines; a name that differs by version."""
 
 import logging
 from collections.abc import Iterator
@@ -11,17 +11,20 @@ if TYPE_CHECKING:
     import torch
 
 
-# By logger: the start of the message. This package never needs torchvision, and 4-bit weights only where a user loads
-# some. PEFT imports bitsandbytes whenever it is installed, and diffusers' pipelines import image processors.
+# By logger: a part of the message. This package never needs torchvision, and 4-bit weights only where a user loads
+# some. PEFT imports bitsandbytes whenever it is installed, and diffusers' pipelines import image processors. Its LoRAs
+# are never of text encoders, which diffusers remarks on for each.
 _NOTICES = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "transformers.utils.import_utils": "requires torchvision (not installed)",
+    "diffusers.loaders.lora_base": "This is safe to ignore if LoRA state dict didn't originally have any",
+    "diffusers.loaders.peft": "This is safe to ignore if LoRA state dict didn't originally have any",
 }
 
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Hides two messages that mean nothing to a user of this package, while it imports the host libraries."""
+    """Hides the messages above, which mean nothing to a user of this package, while it imports the host libraries."""
     with ExitStack() as stack:
         for name, notice in _NOTICES.items():
             logger = logging.getLogger(name)
@@ -36,7 +39,8 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Hides diffusers' and transformers' bars, which count the parts of a pipeline; those of downloads stay."""
+    """Hides diffusers' and transformers' bars, which count the parts of a pipeline that is loaded or saved; those of
+    downloads stay."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging

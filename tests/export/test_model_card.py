@@ -1,17 +1,14 @@
 """The model card: what it says of base, LoRA, data, options and metrics; its code runs; the Hub's checks pass."""
 
-import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import yaml
 from datasets import DatasetInfo
 from diffusers import DiffusionPipeline
+from helpers.hub_server import hub_server  # noqa: F401
 from helpers.pipelines import build_tiny_pipeline
 from huggingface_hub import ModelCard, metadata_load
 from peft import LoraConfig
@@ -212,67 +209,8 @@ def test_the_origin_of_data_is_an_id_a_name_or_unknown(pairs, tmp_path):
     assert origin_of(pairs) == origin_of(None) == {}
 
 
-# ---- The Hub's own checks -------------------------------------------------------------------------------------------
-
-LICENCES = {"apache-2.0", "mit", "openrail", "creativeml-openrail-m", "openrail++", "cc-by-4.0", "other", "unknown"}
-
-
-def problems(content: str) -> list[str]:
-    """What the Hub's schema finds in a model card's front matter, as its documentation lists the fields."""
-    front = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
-    data = yaml.safe_load(front.group(1)) if front else None
-    if not isinstance(data, dict):
-        return ["no front matter"]
-    found, one_or_more = [], (str, list)
-    for field, kinds in {"tags": list, "datasets": one_or_more, "base_model": one_or_more, "license": str}.items():
-        if field in data and not isinstance(data[field], kinds):
-            found.append(f'"{field}" has the wrong type')
-    for field in ("base_model", "datasets"):
-        values = data.get(field, [])
-        for value in [values] if isinstance(values, str) else values:
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
-                found.append(f'"{field}" {value} is no id')
-    if data.get("license", "mit") not in LICENCES or ("license_name" in data and data["license"] != "other"):
-        found.append(f'"license" {data["license"]} is not in the list')
-    if data.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
-        found.append('"base_model_relation" is not in the list')
-    if "base_model_relation" in data and "base_model" not in data:
-        found.append('"base_model_relation" without a base_model')
-    return found
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A server on loopback that checks cards as the Hub does; gives the cards that it got."""
-    got = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            got.append(body)
-            wrong = problems(body["content"]) if self.path == "/api/validate-yaml" else ["no such endpoint"]
-            answer = "\n".join(wrong).encode()
-            self.send_response(400 if wrong else 200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield got
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_card_passes_huggingface_hub_s_own_validation(kind, hub, base, pairs, config):
+def test_the_card_passes_huggingface_hub_s_own_validation(kind, hub_server, base, pairs, config):
     pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.register_to_config(_name_or_path="org/base")
     args = config(max_steps=1)
@@ -281,7 +219,7 @@ def test_the_card_passes_huggingface_hub_s_own_validation(kind, hub, base, pairs
     trainer.create_model_card(dataset_name="user/pairs")
     card = ModelCard.load(Path(args.output_dir) / "README.md")
     card.validate()
-    assert hub[0]["repoType"] == "model"
+    assert "POST api/validate-yaml" in hub_server.requests
     assert card.data.base_model == "org/base" and card.data.datasets == "user/pairs"
     assert card.data.to_dict()["base_model_relation"] == ("adapter" if kind == "lora" else "finetune")
     card.data.license = "what I like"

@@ -267,6 +267,12 @@ class TestParser:
         assert (config.beta, config.random_flip, config.model_init_kwargs) == (0.25, False, {"a": 1})
         assert (config.negative, config.timestep_sampling, config.lr_scheduler_type) == (True, None, "constant")
 
+    def test_a_dtype_in_text_is_torch_s(self, tmp_path):
+        config = self.parse(tmp_path, "--model_init_kwargs", '{"dtype": "bfloat16"}')
+        assert config.loading == {"dtype": torch.bfloat16}
+        with pytest.raises(ValueError, match="dtype='bf16' is no dtype of torch"):
+            MaPOConfig(output_dir=str(tmp_path), model_init_kwargs={"dtype": "bf16"})
+
     def test_choices_are_the_parser_s_own(self, tmp_path, capsys):
         arguments = ("--loss_type", "mapo_v2", "--beta", "8", "--timestep_sampling", "mode")
         config = self.parse(tmp_path, *arguments)

@@ -1,4 +1,4 @@
-"""LoRA of pipelines without `load_lora_weights`: what is written, pushed and said is what PEFT loads."""
+"""LoRA of pipelines without `load_lora_weights`: what is written and said is what PEFT loads."""
 
 import copy
 from pathlib import Path
@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny
-from helpers.hub import hub  # noqa: F401
 from helpers.pipelines import assert_equal_weights, weights_of
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from safetensors.torch import load_file
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
 from trl_diffusion_pref.guidance import negative_guidance
@@ -63,29 +61,6 @@ def test_the_card_s_snippet_loads_the_lora(lora, pairs, tmp_path):
     exec("\n".join(loading), namespace)
     torch.testing.assert_close(draw(namespace["pipeline"]), draw(trainer.pipeline), rtol=0, atol=1e-5)
     assert (draw(tiny.build("pixart_sigma")) - draw(trainer.pipeline)).abs().max() > 1e-3
-
-
-@pytest.mark.newest
-def test_every_save_pushes_peft_s_files(lora, pairs, tmp_path, hub):  # noqa: F811
-    cfg = MaPOConfig(
-        **options(
-            tmp_path,
-            save_strategy="steps",
-            save_steps=1,
-            push_to_hub=True,
-            hub_strategy="every_save",
-            hub_model_id="user/tuned",
-            hub_token="x",
-        )
-    )
-    MaPOTrainer(tiny.build("pixart_sigma"), cfg, pairs, peft_config=lora).train()
-    assert hub.commits == 2
-    for step in (1, 2):
-        pushed, checkpoint = hub.folder / f"commit-{step}", tmp_path / "output" / f"checkpoint-{step}"
-        weights = load_file(pushed / "adapter_model.safetensors")
-        assert_equal_weights(weights, load_file(checkpoint / "adapter_model.safetensors"))
-        assert (pushed / "adapter_config.json").is_file()
-        assert not list(pushed.glob("pytorch_lora_weights*"))
 
 
 @pytest.mark.parametrize("place", ["folder", "file", "pipeline"])

@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, HfApi, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from ..export.files import write_whole
 from .batch import MEAN, PROMPT_NUMBER, SCALAR
 from .layouts import caption_number
 from .prompts import PromptTable
@@ -177,7 +178,7 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             files += self.samples.copy_rows(self.places, folder / _SAMPLES)
             arrays["keys"] = self.samples.keys_at(self.places).view(np.uint8).reshape(len(self), KEY.itemsize)
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-        _write_whole(folder / _ROWS, save(tensors))
+        write_whole(folder / _ROWS, save(tensors))
         texts = self.prompts.texts
         listed = {file.relative_to(folder).as_posix(): file.stat().st_size for file in [*files, folder / _ROWS]}
         whole = {
@@ -190,8 +191,8 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             "prompts": [texts[number] for number in used.tolist()],
             "files": dict(sorted(listed.items())),
         }
-        _write_whole(folder / "README.md", self._card().encode())
-        _write_whole(document, json.dumps(whole, indent=1, ensure_ascii=False).encode())
+        write_whole(folder / "README.md", self._card().encode())
+        write_whole(document, json.dumps(whole, indent=1, ensure_ascii=False).encode())
 
     def push_to_hub(
         self,
@@ -267,6 +268,11 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         )
 
 
+def is_encoded_dataset(source: str | os.PathLike) -> bool:
+    """Whether a path is a folder that [`EncodedDataset.save_to_disk`] wrote."""
+    return (Path(source) / _DOCUMENT).is_file()
+
+
 def load_encoded_dataset(
     source: str | os.PathLike, *, revision: str | None = None, token: str | None = None
 ) -> EncodedDataset:
@@ -339,16 +345,6 @@ def _read_document(file: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}). {_AGAIN}") from error
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -163,9 +163,10 @@ def pictures(folder: Path) -> list[tuple[str, str]]:
 
 
 def comparison(folder: Path) -> str:
-    """What `comparison.md` says, without a heading of its own."""
-    file = folder / "comparison.md"
-    return re.sub(r"\A#+ .*\n+", "", file.read_text(encoding="utf-8")).strip() if file.is_file() else ""
+    """What `compare` wrote into the folder or into `comparison/` there, without a heading of its own."""
+    places = (folder / "comparison.md", folder / "comparison" / "comparison.md")
+    file = next(filter(Path.is_file, places), None)
+    return re.sub(r"\A#+ .*\n+", "", file.read_text(encoding="utf-8")).strip() if file else ""
 
 
 def bibtex(paper: Mapping[str, str]) -> str:

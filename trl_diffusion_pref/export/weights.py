@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..families import Family
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
+from ..host_libraries import quiet_loading
 from .kohya import KOHYA_FILE, check_kohya, save_kohya
 
 
@@ -80,13 +81,14 @@ def save_pipeline(
 
 def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
     """Writes the frozen components and `model_index.json`, for a denoiser that is written on its own."""
-    for name, component in pipeline.components.items():
-        if name != family.denoiser_name and component is not None:
-            component.save_pretrained(folder / name)
-            # transformers 5 saves tokenizer.json alone; transformers 4 reads CLIP's and Qwen's vocabulary from these.
-            if isinstance(component, PreTrainedTokenizerBase) and "merges_file" in component.vocab_files_names:
-                component.backend_tokenizer.model.save(str(folder / name))
-    pipeline.save_config(folder)
+    with quiet_loading():
+        for name, component in pipeline.components.items():
+            if name != family.denoiser_name and component is not None:
+                component.save_pretrained(folder / name)
+                # transformers 5 saves tokenizer.json alone; 4 reads CLIP's and Qwen's vocabulary from these.
+                if isinstance(component, PreTrainedTokenizerBase) and "merges_file" in component.vocab_files_names:
+                    component.backend_tokenizer.model.save(str(folder / name))
+        pipeline.save_config(folder)
 
 
 def adapter_tensors(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

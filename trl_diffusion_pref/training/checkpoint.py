@@ -19,7 +19,6 @@ from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data import Encoders
@@ -34,6 +33,7 @@ from ..export.weights import (
     save_pipeline,
     write_run_record,
 )
+from .config import DiffusionPreferenceConfig
 
 
 logger = get_logger(__name__)
@@ -114,25 +114,25 @@ class Checkpointer:
                 save_file(tensors, file, metadata={"record": json.dumps(part.depends_on())})
 
     def write_weights(
-        self, model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None, args: TrainingArguments
+        self, model: nn.Module, folder: Path, state_dict: dict[str, Tensor] | None, args: DiffusionPreferenceConfig
     ) -> None:
         """Full training: a diffusers folder, in checkpoints the denoiser's alone. LoRA: PEFT's files and diffusers'.
 
         Args:
             model: The trained denoiser, or the PEFT model around it, unwrapped.
             state_dict: Gathered weights, where the module itself holds shards only.
-            args: Of the run; written beside the weights.
+            args: Of the run; written beside the weights, without secrets.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(model, PeftModel):
-            kohya = getattr(args, "lora_format", None) == "kohya"
+            kohya = args.lora_format == "kohya"
             save_lora(self.pipeline, self.family, model, folder, state_dict, kohya=kohya)
         elif self.writing:
             save_denoiser(model, folder / self.family.denoiser_name, state_dict)
         else:
             save_pipeline(self.pipeline, self.family, folder, state_dict, encoders=self.encoders.present())
         write_run_record(folder, self.record)
-        torch.save(args, folder / "training_args.bin")
+        torch.save(args.without_secrets(), folder / "training_args.bin")
 
     def mark_as_diverged(self, folder: Path, reason: str, *, should_save: bool) -> None:
         """Writes into a checkpoint's record that its weights diverged; it is then resumed from only by its path."""

@@ -1,6 +1,7 @@
 """Options that all trainers of this package share, on top of TRL's and transformers'."""
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -26,6 +27,9 @@ PAIR_METRICS = (
     *("mse/chosen", "mse/rejected", "base_likelihood_accuracy"),
     *(f"{name}_accuracy{end}" for name in ("preference", "likelihood") for end in ("", "_low", "_high")),
 )
+
+# Options of loading that are not to be written anywhere; addresses of proxies often have a password.
+_SECRET = re.compile("(.*_)?token|proxies")
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -151,6 +155,8 @@ class DiffusionPreferenceConfig(DataConfig):
         check_trackers(self.report_to or ())
         check_schedule(self)
         self._check_metric(None)
+        # A dtype that torch does not have is an error here already.
+        _ = self.loading
 
     def check_data(
         self, train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
@@ -204,8 +210,23 @@ class DiffusionPreferenceConfig(DataConfig):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """`model_init_kwargs`, of which transformers made a dictionary where it was text."""
-        return cast(dict[str, Any], self.model_init_kwargs or {})
+        """`model_init_kwargs`, of which transformers made a dictionary where it was text, with dtypes of torch.
+
+        Raises:
+            ValueError: A dtype that torch does not have; diffusers would take float32 for it.
+        """
+        options = dict(cast(dict[str, Any], self.model_init_kwargs or {}))
+        for name in ("dtype", "torch_dtype"):
+            given = options.get(name)
+            # YAML and command lines have no other way to say it.
+            if isinstance(given, str):
+                options[name] = getattr(torch, given.removeprefix("torch."), None)
+                if not isinstance(options[name], torch.dtype):
+                    raise ValueError(
+                        f"model_init_kwargs: {name}={given!r} is no dtype of torch. Take 'float32', 'bfloat16' or "
+                        "'float16'."
+                    )
+        return options
 
     def noise_process(self, scheduler: Any, image_tokens: int | None = None) -> NoiseProcess:
         """A pipeline's noise process with this config's training times; see `diffusion.noise.noise_process`."""
@@ -216,6 +237,33 @@ class DiffusionPreferenceConfig(DataConfig):
         """Names of the options that the algorithm adds to those that all share."""
         shared = {option.name for option in fields(DiffusionPreferenceConfig)}
         return sorted(option.name for option in fields(self) if option.name not in shared)
+
+    def without_secrets(self) -> Self:
+        """A copy without tokens, for files."""
+        args = copy.copy(self)
+        args.hub_token = None
+        args.model_init_kwargs = {name: value for name, value in self.loading.items() if not _SECRET.fullmatch(name)}
+        return args
+
+    def to_dict(self) -> dict[str, Any]:
+        """What trackers get.
+
+        transformers' method hides `hub_token`, but not a token in `model_init_kwargs`, and turns a dtype in there into
+        text, with which a pipeline would no longer load.
+        """
+        with self.changed(model_init_kwargs=self.without_secrets().model_init_kwargs or None):
+            return super().to_dict()
+
+    def __str__(self) -> str:
+        options = "".join(f"{name}={value},\n" for name, value in sorted(self.to_dict().items()))
+        return f"{type(self).__name__}(\n{options})"
+
+    __repr__ = __str__
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # dataclasses would write one with all tokens.
+        cls.__repr__ = DiffusionPreferenceConfig.__str__  # type: ignore[assignment,method-assign]
 
     def own_copy(self) -> Self:
         """A trainer's copy, which it can change without changing the caller's."""

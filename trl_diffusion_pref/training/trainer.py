@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import HubStrategy
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..data import PAIRS, Batch, EncodedDataset, EncodedStream, Layout, Mode, data_record
@@ -35,15 +34,17 @@ from .callbacks import EpochOfStream, SetEpoch, make_trackers_start
 from .checkpoint import Checkpointer
 from .config import DiffusionPreferenceConfig
 from .denoiser import Denoiser
+from .hub import PushingTrainer, check_token
 from .metrics import UNLOGGED, each_row_once, padded
 from .modes import Modes
 from .monitor import StepMonitor
+from .plots import plot_run
 from .process_state import flush_denormals, restored_generators
 from .recommended import fill_in
 from .row_cache import RowCache
 
 
-class DiffusionTrainer(_BaseTrainer):
+class DiffusionTrainer(PushingTrainer, _BaseTrainer):
     """The one class above an algorithm, which sets `config_class`, `layout` and TRL's `_name`, `_tag_names`, `_paper`,
     and implements `compute_losses`; and `setup_step` where its step needs more than the model.
 
@@ -74,6 +75,7 @@ class DiffusionTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = False  # type: ignore[assignment]  # TRL's is None
     # To sample from; encoders that left memory for training are read again.
     pipeline = property(lambda self: self.encoders.whole_pipeline())
+    plot = plot_run
 
     def __init__(
         self,
@@ -93,6 +95,7 @@ class DiffusionTrainer(_BaseTrainer):
         args = args or self.config_class(output_dir=f"{pipelines.short_name(model)}-{self._name}")
         self.args = args = args.own_copy()
         args.check_data(train_dataset, eval_dataset)
+        check_token(args)
         self.family = pipelines.family_of(model, args.loading)
         self.layout = self.make_layout()
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
@@ -336,8 +339,7 @@ class DiffusionTrainer(_BaseTrainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The inherited method writes bare weights without a config, and for LoRA only files that `load_lora_weights`
-        ignores without a message."""
+        """The inherited method writes weights without a config, and LoRA files that `load_lora_weights` ignores."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.checkpointer.output_dir)
@@ -361,16 +363,6 @@ class DiffusionTrainer(_BaseTrainer):
         else:
             self.checkpointer.read_denoiser(self._unwrapped, Path(cast(str, self.state.best_model_checkpoint)))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """The inherited method copies files by names that a diffusers checkpoint lacks, and so pushes no weights."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress and not (self.push_in_progress.is_done() or self.args.hub_always_push):
-            return
-        self.checkpointer.copy_to_output(Path(checkpoint_folder), lora=isinstance(self._unwrapped, PeftModel))
-        self.create_model_card(model_name=pipelines.short_name(self.args.hub_model_id or self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def create_model_card(  # type: ignore[override]  # TRL's arguments
         self,
         model_name: str | None = None,
@@ -393,7 +385,7 @@ class DiffusionTrainer(_BaseTrainer):
             batch=self.sample_name,
             state=self.state,
             model_name=model_name,
-            repo_id=self.hub_model_id,
+            repo_id=self.hub_model_id or self.args.hub_model_id,
             dataset_name=dataset_name,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or ())],
         )
