@@ -14,7 +14,7 @@ from .self_npo.trainer import SelfNPOTrainer
 
 
 # Config and trainer by the algorithm's name on a command line.
-TRAINERS = {
+TRAINERS: dict[str, tuple[type[DiffusionPreferenceConfig], type[DiffusionTrainer]]] = {
     "mapo": (MaPOConfig, MaPOTrainer),
     "diffusion-dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
     "self-npo": (SelfNPOConfig, SelfNPOTrainer),

@@ -6,13 +6,11 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import TypeVar
 
-from transformers import TrainingArguments
+
+Options = TypeVar("Options")
 
 
-Config = TypeVar("Config", bound=TrainingArguments)
-
-
-def documented(config_class: type[Config]) -> type[Config]:
+def documented(config_class: type[Options]) -> type[Options]:
     """Class decorator, above `@dataclass`, that takes the command line's helps from the class's docstring.
 
     An option's text stands there under a line "name (`type`, *optional*, defaults to `value`):", further indented.
@@ -26,7 +24,7 @@ def documented(config_class: type[Config]) -> type[Config]:
     entries = re.findall(r"^( +)(\w+) \(`.*\):\n((?:\1 +.+\n)+)", config_class.__doc__ or "", re.MULTILINE)
     # argparse formats helps with "%".
     helps = {name: " ".join(text.split()).replace("%", "%%") for _, name, text in entries}
-    own = [option for option in fields(config_class) if option.name in config_class.__annotations__]
+    own = [option for option in fields(config_class) if option.name in config_class.__annotations__]  # type: ignore[arg-type]
     for option in own:
         if option.name in helps:
             option.metadata = MappingProxyType({**option.metadata, "help": helps.pop(option.name)})

@@ -69,9 +69,14 @@ def fill_in(options: Any, algorithm: str, family: Family, *, flow: bool) -> None
         options: A config; options that were left out are None.
         algorithm, family, flow: See `published`.
     """
-    for name, value in {**_GENERAL, **published(algorithm, family, flow=flow).values}.items():
+    for name, value in recommended(algorithm, family, flow=flow).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+
+
+def recommended(algorithm: str, family: Family, *, flow: bool) -> dict[str, float]:
+    """By option, what it has for a model where the user leaves it out; see `published`."""
+    return {**_GENERAL, **published(algorithm, family, flow=flow).values}
 
 
 _INTRODUCTION = """\
