@@ -19,7 +19,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python examples/mapo_shapes.py --output_dir demo
+	$(BIN)/trl-diffusion-pref demo --output_dir demo
 
 # Two processes with one thread each: most tests are small, and two threads help them little.
 PARALLEL := --numprocesses 2
@@ -54,10 +54,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The page that is made from a table in the code.
+# The page that is made from a table in the code, then the site in docs/_build/html; a warning fails.
 docs: .venv/installed
 	$(BIN)/python -c "from trl_diffusion_pref.training.recommended import hyperparameters_page as page; print(page(), end='')" \
 		> docs/hyperparameters.md
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d docs/_build/doctrees . docs/_build/html
 
 # The tables in benchmarks/results; not part of CI.
 benchmark: .venv/installed
@@ -69,6 +70,8 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/self_npo_step_time.py
 	$(BIN)/python benchmarks/diffusion_npo.py
 	$(BIN)/python benchmarks/sdxl_memory.py
+	$(BIN)/python benchmarks/memory_recipes.py
+	$(BIN)/python benchmarks/healthy_runs.py
 	$(BIN)/python benchmarks/encoding_costs.py
 	$(BIN)/python benchmarks/encoding_memory.py
 	$(BIN)/python benchmarks/encoding_processes.py
@@ -83,4 +86,4 @@ weights: .venv/installed
 	$(BIN)/python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 
 clean:
-	rm -rf .venv .venv-oldest demo build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest demo build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,4 +1,4 @@
-"""The memory that training SDXL takes, by `estimate_memory`: the numbers of the README and of docs/memory.md.
+"""The memory that training SDXL takes, by `estimate_memory`: the numbers of docs/memory.md.
 
     python benchmarks/sdxl_memory.py
 

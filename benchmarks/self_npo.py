@@ -145,6 +145,8 @@ def run(base: str, cells: dict, save, folder: Path) -> None:
 def table(cells: dict) -> str:
     """The results as Markdown."""
     lines = [
+        "# Self-NPO",
+        "",
         f"Self-NPO with all weights: {STEPS} steps of {BATCH_SIZE} at learning rate {LEARNING_RATE:g}. {SAMPLES} "
         f"pictures per cell, DDIM {SAMPLING_STEPS} steps, the same prompts and seeds everywhere. Share of clean "
         "pictures; in brackets the difference from plain guidance at the same scale with its 95 % interval (bootstrap "

@@ -1,23 +1,26 @@
-"""README.md and docs/: the Python blocks of each page run as pasted, in order, and links lead somewhere.
+"""README.md and docs/: every block of code is run or checked, and links lead somewhere.
+
+Python blocks run as pasted, in order. Command lines are read by the program that they name, without running it.
 
 Stand-ins: the embedded pipeline for names of the Hub, four pairs in a folder for the reader's data, one training step.
 """
 
+import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.pages import PAGES, blocks, page_id
+from helpers.shell_lines import check, check_yaml, commands
 from PIL import Image
 
-import trl_diffusion_pref
 from trl_diffusion_pref import families
 from trl_diffusion_pref.shapes import pipeline_folder, preference_pairs
 
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
 STAND_INS = {
     r'"(stable-diffusion-v1-5|stabilityai)/[^"]*"': f'"{pipeline_folder()}"',
     r"max_steps=\d+": "max_steps=1, disable_tqdm=True",
@@ -28,10 +31,10 @@ STAND_INS = {
 
 
 def python_blocks(page: Path) -> list[str]:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = [text for language, text in blocks(page) if language == "python"]
     for pattern, stand_in in STAND_INS.items():
-        blocks = [re.sub(pattern, lambda _, value=stand_in: value, block) for block in blocks]
-    return blocks
+        found = [re.sub(pattern, lambda _, value=stand_in: value, text) for text in found]
+    return found
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def readers_folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=page_id)
 def test_the_python_blocks_of_a_page_run_in_order(page, readers_folder, monkeypatch):
     # A module that can be imported, since transformers pickles the config, whose class a page may define.
     module = ModuleType(f"blocks_of_{page.stem}")
@@ -69,16 +72,39 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+CHECKED = ("sh", "bash", "yaml", "toml", "json")
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(language in CHECKED for language, _ in blocks(page))], ids=page_id
+)
+def test_the_command_lines_and_files_of_a_page_are_valid(page, readers_folder):
+    for language, text in blocks(page):
+        if language in ("sh", "bash"):
+            for words in commands(text):
+                check(words, page)
+        elif language == "yaml":
+            # A block that begins with "# name.yaml" is the file of that name in later commands.
+            named = re.match(r"# (\S+\.yaml)", text)
+            check_yaml(text, page, readers_folder / (named[1] if named else "unnamed.yaml"))
+        elif language == "toml":
+            tomllib.loads(text)
+        elif language == "json":
+            for line in text.splitlines():
+                json.loads(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_every_block_of_a_page_has_a_language_that_is_checked(page):
+    # What is meant for no program is `text`, maths, or a directive of the site.
+    languages = {language for language, _ in blocks(page)}
+    assert languages <= {"python", "text", "math", "{toctree}", "{eval-rst}", *CHECKED}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_between_pages_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text()):
         path, _, fragment = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{page.name} links to {path}"
         assert not fragment or fragment in anchors(linked), f"{linked.name} has no heading for #{fragment}"
-
-
-def test_the_pages_mention_every_public_name():
-    pages = "".join(page.read_text() for page in PAGES)
-    missing = [name for name in trl_diffusion_pref.__all__ if not re.search(rf"\b{name}\b", pages)]
-    assert not [name for name in missing if name != "__version__"]
