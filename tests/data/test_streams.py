@@ -1,8 +1,10 @@
 """Streams: which process and worker reads which row, in which order, from where a resumed run goes on, bad rows."""
 
 import json
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from multiprocessing import active_children
@@ -169,6 +171,29 @@ def test_a_buffer_shuffles_within_itself_and_by_the_seed(encoder):
 def test_each_epoch_has_an_order_of_its_own(encoder):
     first, second = take(loader(encoder, stored(12).to_iterable_dataset(), block=12, batch_size=12), 2)
     assert sorted(first) == sorted(second) and first != second
+
+
+def test_threads_may_encode_prompts_at_once(encoder, monkeypatch):
+    """A tokenizer keeps padding and truncation between calls; a thread must not get another's."""
+
+    def tokens(tokenizer, prompts):
+        asked = {"padding": "max_length", "max_length": 77, "truncation": True}
+        return {"ids": tokenizer(prompts, return_tensors="pt", **asked).input_ids.float()}
+
+    stream = encoder.encode(stored(4).to_iterable_dataset(), "train_dataset")
+    asked = [["a red circle"], ["a " * 200, "a blue square"]]
+    monkeypatch.setattr(stream.family, "encode_prompts", lambda pipeline, prompts: tokens(pipeline.tokenizer, prompts))
+    alone = [stream._conditioning(prompts) for prompts in asked]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(stream._conditioning, 400 * asked))
+    finally:
+        sys.setswitchinterval(before)
+    for number, found in enumerate(together):
+        for row, expected in zip(found, alone[number % 2], strict=True):
+            assert all(torch.equal(row[name], tensor) for name, tensor in expected.items())
 
 
 # ---- Going on --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from textwrap import shorten
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 # Rows after which the share of bad ones means something, unless the stream is shorter.
 _ENOUGH_ROWS = 200
+
+
+# A tokenizer keeps its padding and truncation between calls: of two readings at once, each in a thread of its own, one
+# would get the other's.
+_TOKENIZING = Lock()
 
 
 class UsableRow(NamedTuple):
@@ -156,10 +162,11 @@ class EncodedStream:
         return captions[caption_number(len(captions), self.encoder.options.seed, row.prepared.row, row.epoch)]
 
     def _conditioning(self, prompts: list[str]) -> list[dict[str, Tensor]]:
-        report = truncation_report(prompts, self.pipeline, self.family)
+        with _TOKENIZING:
+            report = truncation_report(prompts, self.pipeline, self.family)
         if report:
             self._report({"truncation": f"is streamed, and so far: {report}"})
-        with without_truncation_messages(self.pipeline):
+        with _TOKENIZING, without_truncation_messages(self.pipeline):
             encoded = self.family.encode_prompts(self.pipeline, prompts)
         dtype = self.encoder.options.stored_dtype(self.family.text_dtype(self.pipeline))
         return [
