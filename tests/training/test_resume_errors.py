@@ -44,6 +44,17 @@ def test_an_optimizer_file_that_was_cut_off_is_named(pairs, config):
         run(config, pairs).train(resume_from_checkpoint=True)
 
 
+def test_a_finished_model_is_no_checkpoint_to_go_on_from(pairs, config):
+    """It has weights, record and log, and a run that went on from it would begin with a new optimizer."""
+    trainer = MaPOTrainer(build_tiny_pipeline(), config(max_steps=1), pairs)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    again = MaPOTrainer(build_tiny_pipeline(), config(max_steps=2), pairs)
+    with pytest.raises(ValueError, match=r"scheduler\.pt.* is missing.*checkpoint folders"):
+        again.train(resume_from_checkpoint=trainer.args.output_dir)
+
+
 def test_transformers_idiom_with_an_unfinished_checkpoint_says_what_to_pass(pairs, config):
     trainer = run(config, pairs)
     trainer.train()

@@ -40,6 +40,8 @@ logger = get_logger(__name__)
 
 # transformers writes this file last.
 _LAST_WRITTEN = "trainer_state.json"
+# Written with the optimizer's state.
+_SCHEDULE = "scheduler.pt"
 # What differs between adapters that cannot take each other's weights, or would compute something else with them.
 _ADAPTER_OPTIONS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
 
@@ -193,6 +195,12 @@ class Checkpointer:
                 )
         self._check_base(folder, "Pass the base that it was trained from as model.")
         if not sharded:
+            if not (folder / _SCHEDULE).is_file():
+                raise ValueError(
+                    f"Cannot resume from {folder}: the state of optimizer and schedule ({_SCHEDULE}) is missing. It "
+                    "is a finished model, or was saved with save_only_model=True. Pass one of the run's checkpoint "
+                    "folders."
+                )
             self._check_kind(folder, model)
         self._check_whole(folder)
         return folder
