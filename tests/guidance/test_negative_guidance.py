@@ -430,7 +430,7 @@ class TestMetadata:
 
 class TestErrors:
     def test_what_is_no_model(self):
-        with pytest.raises(TypeError, match="negative is a int"):
+        with pytest.raises(TypeError, match="The model is a int"):
             add_negative_guidance(build_tiny_pipeline(), 3)
         with pytest.raises(TypeError, match="pipeline is a UNet2DConditionModel"):
             add_negative_guidance(build_tiny_pipeline().unet, 3)
@@ -441,7 +441,7 @@ class TestErrors:
             add_negative_guidance(pipeline, pipeline)
 
     def test_an_empty_folder_and_pickled_weights(self, tmp_path):
-        with pytest.raises(ValueError, match="no negative model to load"):
+        with pytest.raises(ValueError, match="no model to load"):
             add_negative_guidance(build_tiny_pipeline(), tmp_path)
         (tmp_path / "unet.ckpt").write_bytes(b"x")
         with pytest.raises(ValueError, match="convert them to safetensors"):

@@ -90,13 +90,14 @@ def read_negative(negative: Model, pipeline: DiffusionPipeline) -> Negative:
         negative = getattr(negative, denoiser_name(negative))
     if not isinstance(negative, nn.Module):
         raise TypeError(
-            f"negative is a {type(negative).__name__}; pass a LoRA file, a folder, a Hub id, a pipeline or a denoiser."
+            f"The model is a {type(negative).__name__}; pass a LoRA file, a folder, a Hub id, a pipeline or a "
+            "denoiser."
         )
     negative, own = _unwrapped(negative), _unwrapped(getattr(pipeline, denoiser_name(pipeline)))
     if negative is own:
         raise ValueError(
-            "negative is the pipeline's own denoiser, so both sides of the guidance would be the same. Load the base "
-            "pipeline again and guide that one."
+            "The model is the pipeline's own denoiser, and it cannot be set against itself. Load the base "
+            "pipeline again, and pass that one."
         )
     layers = [part for part in negative.modules() if isinstance(part, BaseTunerLayer)]
     adapters = sorted({name for layer in layers for name in layer.active_adapters})
@@ -104,7 +105,7 @@ def read_negative(negative: Model, pipeline: DiffusionPipeline) -> Negative:
         return Negative(type(negative).__name__, denoiser=_same_architecture(negative, own, type(negative).__name__))
     if len(adapters) > 1:
         raise ValueError(
-            f"The negative model carries the adapters {', '.join(adapters)}; exactly one can be used. Save the one "
+            f"The model carries the adapters {', '.join(adapters)}; exactly one can be used. Save the one "
             "you mean with save_lora_weights and pass that folder."
         )
     return _read_adapter(negative, adapters[0], denoiser_name(pipeline))
@@ -120,7 +121,7 @@ def _read_adapter(denoiser: ModelMixin, adapter: str, prefix: str) -> Negative:
     layers = [part for part in denoiser.modules() if isinstance(part, LoraLayer) and adapter in part.scaling]
     if any(layer.disable_adapters for layer in layers):
         raise ValueError(
-            f"The negative model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
+            f"The model's adapter {adapter!r} is switched off. Call enable_lora() on its pipeline, or "
             "pass the folder that it was saved to."
         )
     config = denoiser.peft_config[adapter].to_dict()
@@ -128,7 +129,7 @@ def _read_adapter(denoiser: ModelMixin, adapter: str, prefix: str) -> Negative:
     scales = [layer.scaling[adapter] * layer.r[adapter] ** power / layer.lora_alpha[adapter] for layer in layers]
     if max(scales) - min(scales) > 1e-6 * max(scales):
         raise ValueError(
-            f"The negative model's adapter {adapter!r} has scales from {min(scales):g} to {max(scales):g} in its "
+            f"The model's adapter {adapter!r} has scales from {min(scales):g} to {max(scales):g} in its "
             "blocks, and one for all is needed. Set it with set_adapters."
         )
     # set_adapters(..., weights) changes the layers' scaling and leaves the configuration.
@@ -187,7 +188,7 @@ def _read_place(place: str, pipeline: DiffusionPipeline) -> Negative:
         return Negative(place, record, None, *_read_lora(str(folder) if path.is_file() else place, file, pipeline))
     raise ValueError(
         f"{place} holds neither {LORA_FILE}, nor {PEFT_CONFIG} with {PEFT_FILE}, nor {' or '.join(configs)}, nor a "
-        "single .safetensors file, so there is no negative model to load. Pickled weights (.bin, .ckpt, .pt) are not "
+        "single .safetensors file, so there is no model to load. Pickled weights (.bin, .ckpt, .pt) are not "
         "read: convert them to safetensors."
     )
 
@@ -196,8 +197,8 @@ def _read_denoiser(place: str, folder: Path, config: str, own: ModelMixin) -> nn
     found, kind = json.loads((folder / config).read_text()).get("_class_name"), type(own)
     if found != kind.__name__:
         raise ValueError(
-            f"The negative model in {place} is a {found}, and the pipeline's denoiser a {kind.__name__}. Train the "
-            "negative model from the same base."
+            f"The model in {place} is a {found}, and the pipeline's denoiser a {kind.__name__}. Train the "
+            "model from the same base."
         )
     options = {"subfolder": str(Path(config).parent), "use_safetensors": True, **dtype_option(own.dtype)}
     return _same_architecture(kind.from_pretrained(place, **options), own, place)
@@ -208,7 +209,7 @@ def _same_architecture(denoiser: nn.Module, own: nn.Module, name: str) -> nn.Mod
     if different:
         raise ValueError(
             f"{name} has another architecture ({type(denoiser).__name__}) than the pipeline's {type(own).__name__}: "
-            f"{len(different)} parameters differ, first {different[0]}. Train the negative model from the same base."
+            f"{len(different)} parameters differ, first {different[0]}. Train the model from the same base."
         )
     return denoiser
 
@@ -219,7 +220,7 @@ def _read_lora(place: str, file: str, pipeline: DiffusionPipeline) -> tuple[dict
     if not hasattr(pipeline, "lora_state_dict"):
         raise TypeError(
             f"{type(pipeline).__name__} has no load_lora_weights, so {file} cannot be read. Pass a folder with "
-            f"PEFT's {PEFT_CONFIG} and {PEFT_FILE}, or full negative weights."
+            f"PEFT's {PEFT_CONFIG} and {PEFT_FILE}, or full weights."
         )
     # Each pipeline's loader reads those of the options that it needs.
     options = {"return_lora_metadata": True, "return_alphas": True, "unet_config": getattr(pipeline, prefix).config}
