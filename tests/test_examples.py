@@ -26,10 +26,10 @@ from trl_diffusion_pref.training.divergence import DivergenceError
 ASKED = (4 * prompts())[:64]
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_mapo_teaches_the_preferred_style_and_keeps_colour_and_shape(lora, tmp_path, capsys):
-    # Once is enough for the comparison.
-    arguments = ["--lora", "--no-comparison"] if lora else []
+    # Once is enough for the comparison, which takes as long as training.
+    arguments = ["--lora"] if lora else ["--no-comparison"]
     pictures = run("mapo_shapes", "--output_dir", str(tmp_path / "out"), *arguments)
     before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
     assert before.count == after.count == 64
@@ -41,11 +41,11 @@ def test_mapo_teaches_the_preferred_style_and_keeps_colour_and_shape(lora, tmp_p
     assert Image.open(tmp_path / "out" / "before_after.png").size[0] > 1000
     if lora:
         assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
-    else:
-        StableDiffusionPipeline.from_pretrained(tmp_path / "out")
         report = json.loads((tmp_path / "out" / "comparison" / "comparison.json").read_text())
         assert report["models"]["tuned"]["rewards"]["shapes_reward"]["win rate"]["low"] > 0.8
         assert "<title>" in (tmp_path / "out" / "comparison" / "index.html").read_text()
+    else:
+        StableDiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
 def test_dpo_teaches_the_preferred_style_and_its_held_out_accuracy_rises(tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_
     assert summary.shape >= 0.9 and summary.colour >= 0.8
 
 
-@pytest.mark.parametrize("method", ["mapo", "dpo"])
+@pytest.mark.parametrize("method", ["mapo", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_flow_learns_the_preferred_style_and_keeps_colour_and_shape(method, tmp_path, capsys):
     pictures = run("flow_shapes", "--method", method, "--output_dir", str(tmp_path / "out"))
     before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
@@ -83,7 +83,7 @@ def test_a_flow_learns_the_preferred_style_and_keeps_colour_and_shape(method, tm
     StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(lora, tmp_path, capsys):
     arguments = ["--lora", "--learning_rate", "1e-3"] if lora else []
     pictures = run("self_npo_shapes", "--output_dir", str(tmp_path / "out"), "--max_steps", "60", *arguments)
@@ -96,7 +96,7 @@ def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(l
     assert Image.open(tmp_path / "out" / "before_after.png").size[0] > 1500
 
 
-@pytest.mark.parametrize("method", ["mapo", "dpo"])
+@pytest.mark.parametrize("method", [pytest.param("mapo", marks=pytest.mark.slow), "dpo"])
 def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method, tmp_path):
     """Diffusion-NPO."""
     common = {

@@ -1,4 +1,4 @@
-"""What an example prints, in a process of its own: what this package says on purpose, and nothing else."""
+"""What the demo and an example print, in a process of its own: what this package says on purpose, and nothing else."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
+EXAMPLE = str(ROOT / "examples" / "mapo_shapes.py")
 # Lines as a terminal shows them. Nothing of other libraries' notices about torchvision, kernels or image processors,
 # no warnings, no bars that count the parts of a pipeline.
 INTENDED = (
@@ -42,8 +43,16 @@ def printed(arguments: list[str], tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("more", [[], ["--lora"]], ids=["full", "lora"])
-def test_an_example_prints_only_what_is_meant_for_its_user(more, tmp_path):
-    example = [str(ROOT / "examples" / "mapo_shapes.py"), "--max_steps", "2", "--no-comparison", *more]
-    unexpected = [line for line in printed(example, tmp_path) if not any(re.fullmatch(one, line) for one in INTENDED)]
+@pytest.mark.parametrize(
+    "program",
+    [
+        ["-m", "trl_diffusion_pref.cli", "demo", "--comparison", "false"],
+        pytest.param([EXAMPLE, "--no-comparison", "--lora"], marks=pytest.mark.slow),
+        pytest.param([EXAMPLE, "--no-comparison"], marks=pytest.mark.slow),
+    ],
+    ids=["demo", "example, lora", "example"],
+)
+def test_demo_and_example_print_only_what_is_meant_for_their_user(program, tmp_path):
+    lines = printed([*program, "--max_steps", "2"], tmp_path)
+    unexpected = [line for line in lines if not any(re.fullmatch(one, line) for one in INTENDED)]
     assert not unexpected

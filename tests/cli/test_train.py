@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers.examples import run_example
 from safetensors.torch import load_file
@@ -21,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 QUICK = ["--max_steps", "2", "--use_cpu", "--disable_tqdm", "--report_to", "none"]
 
 
-def weights(folder: Path, name: str = "unet/diffusion_pytorch_model.safetensors") -> bytes:
-    return (folder / name).read_bytes()
+def weights(folder: Path) -> bytes:
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
 def test_the_yaml_example_gives_the_weights_of_the_python_example(tmp_path, monkeypatch):
@@ -59,9 +60,11 @@ def test_run_yaml_gives_the_same_weights_again(command, tmp_path):
     # What was given, what depends on the model, and what the algorithm decides.
     assert document["lora_r"] == 2 and document["learning_rate"] > 0 and document["seed"] == 5
     assert main([command, "--config", str(first / "run.yaml"), "--output_dir", str(again)]) == 0
-    adapter = "pytorch_lora_weights.safetensors"
-    assert weights(first, adapter) == weights(again, adapter)
-    assert any(tensor.abs().max() > 0 for name, tensor in load_file(again / adapter).items() if "lora_B" in name)
+    # Not the files' bytes: safetensors writes metadata in an order that changes.
+    adapters = [load_file(folder / "pytorch_lora_weights.safetensors") for folder in (first, again)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    assert any(tensor.abs().max() > 0 for name, tensor in adapters[0].items() if ".up" in name or "lora_B" in name)
     changed = {line for line in (again / "run.yaml").read_text().splitlines() if line not in text.splitlines()}
     assert all(line.startswith("output_dir") or "run.yaml" in line for line in changed)
 
@@ -100,7 +103,7 @@ def test_two_data_sets_are_mixed_by_their_weights(tmp_path):
     assert next(iter(rows))["soft_label"] == 0.75
 
 
-@pytest.mark.parametrize("start", ["accelerate_config", "torchrun"])
+@pytest.mark.parametrize("start", ["accelerate_config", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_are_started_and_train_one_model(start, tmp_path):
     """By the config of accelerate that comes with the package, and under the user's own torchrun."""
     words = ["mapo", "--model_name_or_path", "shapes", "--dataset_name", "shapes:8", *QUICK, "--save_strategy", "no"]

@@ -22,7 +22,8 @@ def commands(block: str) -> list[list[str]]:
     found = []
     for line in block.replace("\\\n", " ").splitlines():
         words: list[str] = []
-        for word in [*shlex.split(line, comments=True), ";"]:
+        # Without the file that an output goes to.
+        for word in [*shlex.split(re.sub(r" > \S+", "", line), comments=True), ";"]:
             if word not in OPERATORS:
                 words.append(word)
                 continue

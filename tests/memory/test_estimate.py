@@ -84,7 +84,7 @@ CASES = [
     ("mixed", DiffusionDPOConfig, False, {"optim": "sgd", "reference": "precomputed", "reference_draws": 1}),
     pytest.param("mixed", SelfNPOConfig, False, {"activation_checkpointing": False}, marks=pytest.mark.slow),
     ("mixed", SelfNPOConfig, False, {"activation_checkpointing": False, "bf16": True}),
-    ("mixed", SelfNPOConfig, True, {"bf16": True, "start": "data"}),
+    pytest.param("mixed", SelfNPOConfig, True, {"bf16": True, "start": "data"}, marks=pytest.mark.slow),
     ("flow", SelfNPOConfig, False, {"activation_checkpointing": True, "bf16": True, "teacher": "ema"}),
     pytest.param("flow", MaPOConfig, True, {"activation_checkpointing": False}, marks=pytest.mark.slow),
     pytest.param("flow", DiffusionDPOConfig, False, {"activation_checkpointing": True}, marks=pytest.mark.slow),
@@ -110,14 +110,26 @@ def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev", "pixart_sigma", "sana", "qwen_image"]
+    "name",
+    [
+        "stable_diffusion_xl",
+        "stable_diffusion_3",
+        "flux_dev",
+        "pixart_sigma",
+        "sana",
+        "qwen_image",
+        "chroma",
+        "auraflow",
+        "lumina2",
+        "z_image",
+    ],
 )
 def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):
     options = {"activation_checkpointing": False, "resolution": 16, "max_steps": 2}
     cfg, pipeline = config_of(MaPOConfig, output_dir=str(tmp_path), **options), tiny.build(name)
     estimate = estimate_memory(pipeline, cfg)
     rows = preference_pairs(8)
-    if name == "qwen_image":
+    if name in ("qwen_image", "lumina2", "z_image"):
         # It trains with as many tokens as the batch's longest prompt has, and the estimate has all that there can be.
         rows = rows.map(lambda row, number: {"prompt": "a" * 600 if number % 2 else row["prompt"]}, with_indices=True)
     trainer = MaPOTrainer(pipeline, cfg, rows)

@@ -9,6 +9,7 @@ from typing import Literal
 from diffusers import DiffusionPipeline
 
 from ..algorithms import TRAINERS
+from ..host_libraries import quiet_loading
 from ..shapes import compare_with_base, comparison_picture, comparison_table, prompts, sample, sample_base
 from ..training.documented import documented
 from .command import Command
@@ -43,7 +44,8 @@ def _run_demo(parsed: Parsed, words: Sequence[str]) -> int:
     run = ["--config", str(file), "--output_dir", options.output_dir, "--max_steps", str(options.max_steps)]
     train(build_trainer(trainer_class, command.parse(run)))
     folder = Path(options.output_dir)
-    tuned = DiffusionPipeline.from_pretrained(folder)
+    with quiet_loading():
+        tuned = DiffusionPipeline.from_pretrained(folder)
     prompted = (4 * prompts())[:64]
     images = {"before": sample_base("mixed", prompted), "after": sample(tuned, prompted)}
     print(comparison_table(images, prompted, preferred_style="outlined"))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from ..host_libraries import quiet_imports
 from ..version import __version__
-from .parser import PROGRAM, Parsed, UsageError, nearest
+from .command import Command
+from .parser import PROGRAM, OptionParser, Parsed, UsageError, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def make_parser(command: str) -> OptionParser:
+    """The parser of one command, for scripts that add options of their own.
+
+    Raises:
+        UsageError: There is no such command.
+    """
+    return _command(command).parser()
+
+
 def check(argv: Sequence[str]) -> Parsed | None:
     """Reads a command line without running it; None where it only asks for help or the version.
 
@@ -59,7 +69,7 @@ def _run(words: list[str]) -> int:
     return command.run(command.parse(words[1:]), words[1:])
 
 
-def _command(name: str):
+def _command(name: str) -> Command:
     with quiet_imports():
         from .commands import commands
     known = commands()

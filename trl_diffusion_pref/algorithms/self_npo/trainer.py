@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
-from ...data import Batch, Layout, Mode, NoisyBatch, drop_prompts
+from ...data import Batch, Layout, Mode, NoisyBatch, with_dropout
 from ...diffusion.randomness import SampleKey, generator_for
 from ...diffusion.trajectories import Predict, advance, clean_estimate, combine_guidance
 from ...training.callbacks import MoveReference
@@ -50,7 +50,8 @@ class SelfNPOTrainer(DiffusionTrainer):
         model, args, eval_dataset, data_collator, callbacks, optimizers, peft_config: As in [`DiffusionTrainer`], with
             `args` a [`SelfNPOConfig`].
         train_dataset: Column `prompt` (str); with `start="data"` also `image`, or `video` or `audio` where the
-            pipeline generates those. With `start="noise"` a trajectory goes on over several training steps with the
+            pipeline generates those; for a pipeline that edits images always `image`, the source, and the sample
+            is `edited_image`. With `start="noise"` a trajectory goes on over several training steps with the
             prompt that it began with, so that about one in six prompts of the batches begins one; the others are
             passed over.
 
@@ -99,7 +100,11 @@ class SelfNPOTrainer(DiffusionTrainer):
     # ---- Before the first step -----------------------------------------------------------------------------------
 
     def make_layout(self) -> Layout:
-        return Layout(samples=(self.family.modality,)) if self.args.start == "data" else Layout()
+        if self.args.start == "noise":
+            return Layout()
+        # The column image of pairs for editing is what the model is conditioned on.
+        edits = self.family.modality in self.family.condition_images
+        return Layout(samples=(f"edited_{self.family.modality}" if edits else self.family.modality,))
 
     def check_step(self, peft_config: LoraConfig | None) -> None:
         if self.args.teacher == "ema" and self.args.shards_weights:
@@ -143,9 +148,7 @@ class SelfNPOTrainer(DiffusionTrainer):
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         process, device = self.noise_process, batch.rows.device
         draws, times, slots = self._draw(mode.keys, device), self.times.to(device), [key[-1] for key in mode.keys]
-        conditioning = self._conditioning(batch)
-        if mode.empty_prompt is not None:
-            conditioning = drop_prompts(conditioning, draws.dropout < mode.prompt_dropout, mode.empty_prompt)
+        conditioning = with_dropout(self._conditioning(batch), draws.dropout, mode, batch.conditions)
 
         # 1. Where each trajectory is, and how far it advances.
         begun = torch.ones(len(slots), device=device)
