@@ -67,6 +67,7 @@ def encode_dataset(
     if type(args) is not DiffusionPreferenceConfig:
         kind = trainer_of(args)
         layout, several_sizes = _layout(kind, args, family), kind.several_sizes
+    layout = layout.conditioned_on(family.condition_images)
     sources: dict[str, PairSource] = {}
     rows = loaders.rows_of_one(dataset, "dataset", layout, args, sources)
     pipeline = _load(model, family, args)

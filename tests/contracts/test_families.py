@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from helpers import tiny
-from helpers.recorder import PROMPTS, Recorder
+from helpers.recorder import PROMPTS, Recorder, noisy_latents, stacked
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
@@ -37,15 +37,13 @@ PACKAGE = Path(trl_diffusion_pref.__file__).parent
 
 def sample(pipeline: DiffusionPipeline, name: str, prompts: list[str], **options):
     """The pipeline's own `__call__`, two steps."""
-    case = tiny.CASES[name]
-    size = dict(zip(("height", "width"), case.size, strict=False))
     return pipeline(
-        prompts,
+        # Z-Image's pipeline puts its template into the list that it gets.
+        list(prompts),
         **{
             "num_inference_steps": 2,
             "output_type": "latent",
-            **size,
-            **case.call,
+            **tiny.CASES[name].arguments(len(prompts)),
             **options,
         },
         generator=torch.Generator().manual_seed(0),
@@ -67,6 +65,12 @@ def conditioning_for(family: Family, pipeline: DiffusionPipeline, name: str, pro
             case.size,
         )
     conditioning |= {key: value.expand(len(prompts), *value.shape) for key, value in of_sample.items()}
+    for column in family.condition_images:
+        prepare = preparation_for(pipeline, family, case.size).tensor
+        pixels = [prepare(image, (0.5, 0.5), False) for image in case.arguments(len(prompts))[column]]
+        # In the pipeline's order in memory, by which convolutions round.
+        stack = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
+        conditioning[column] = family.encode_condition(pipeline, stack)
     conditioning |= {key: torch.full_like(conditioning[key], value) for key, value in case.conditioning.items()}
     assert all(value.dtype == torch.float32 for value in conditioning.values())
     return conditioning
@@ -141,8 +145,7 @@ def check_predictions(family: Family, pipeline: DiffusionPipeline, name: str, pr
     calls, outputs, times = recorder.calls[:], used[:], pipeline.scheduler.timesteps
     assert len(calls) == len(times)
     for theirs, their_output, time in zip(calls, outputs, times, strict=True):
-        latents = theirs["sample" if family.denoiser_name == "unet" else "hidden_states"]
-        x_t = case.unpack(pipeline, latents)
+        x_t = case.unpack(pipeline, noisy_latents(theirs))
         with torch.no_grad():
             prediction = family.predict(family.denoiser(pipeline), x_t, time.expand(len(prompts)), conditioning)
         # Of sound, durations and prompts are encoded one by one, which rounds otherwise than together.
@@ -178,6 +181,15 @@ def test_a_prediction_with_the_wrong_sign_does_not_pass():
         check_predictions(StableDiffusionFamily(), pipeline, name, PROMPTS)
 
 
+@pytest.mark.parametrize("name", ["lumina2", "z_image"])
+def test_a_family_of_a_negating_pipeline_has_to_negate(name, monkeypatch):
+    pipeline = tiny.build(name)
+    predict = type(family_for(pipeline)).predict
+    monkeypatch.setattr(type(family_for(pipeline)), "predict", lambda *args: -predict(*args))
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        check_predictions(family_for(pipeline), pipeline, name, PROMPTS)
+
+
 @every_family
 def test_the_unconditional_prompt_is_the_sampler_s(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
@@ -191,19 +203,21 @@ def test_the_unconditional_prompt_is_the_sampler_s(name):
         guided = {"true_cfg_scale": 3.0, "negative_prompt": ""}
     sample(pipeline, name, prompts, **guided)
     first, second = recorder.calls[:2]
-    latents = "sample" if family.denoiser_name == "unet" else "hidden_states"
-    batch = len(first[latents])
-    # In one call on [negative; positive], or in a second one.
+    batch = len(noisy_latents(first))
+    # In one call on both sides, or in a second one.
     theirs = second
+    if family.condition_images and batch == 3:
+        # On [both; image; neither].
+        theirs = {key: value.chunk(3)[1] if value.ndim else value for key, value in first.items()}
     if batch == 2:
-        # Rotations belong to positions, however many there are.
-        theirs = {key: value if "rotary" in key else take_half(value, 0, batch) for key, value in first.items()}
+        half, lists = int(family.guidance_layout == "positive_first"), "x.0" in first
+        theirs = recorder.named(*take_half(recorder.raw[0], half, batch, family.shared_arguments, lists))
 
     conditioning = conditioning_for(family, pipeline, name, [""]) | family.encode_unconditional(pipeline)
     conditioning |= {key: torch.full_like(conditioning[key], value) for key, value in case.conditioning.items()}
     time = theirs["timestep"].reshape(-1)[:1] if family.denoiser_name == "unet" else pipeline.scheduler.timesteps[:1]
     with torch.no_grad():
-        family.predict(family.denoiser(pipeline), case.unpack(pipeline, theirs[latents]), time, conditioning)
+        family.predict(family.denoiser(pipeline), case.unpack(pipeline, noisy_latents(theirs)), time, conditioning)
     assert_same_arguments(recorder.calls[-1], theirs)
 
 
@@ -269,6 +283,8 @@ def test_shapes_from_configs_are_those_of_encoded_samples(name):
     shapes = family.input_shapes(pipeline, tuple(samples.shape[1:]))
     assert shapes.latents == tuple(family.encode_samples(pipeline, samples)[0].shape[1:])
     conditioning = conditioning_for(family, pipeline, name, PROMPTS)
+    for column in family.condition_images:
+        del conditioning[column]
     assert shapes.conditioning == {key: tuple(value.shape[1:]) for key, value in conditioning.items()}
     # A family from outside that does not say them finds them by encoding.
     assert Family.conditioning_shapes(family, pipeline) == shapes.conditioning
@@ -304,8 +320,9 @@ def test_a_denoiser_alone_has_the_shapes_of_the_published_pipeline(name):
     assert family.denoiser(alone) is wrapped
     shapes = family.input_shapes(alone, preparation_for(alone, family).shape)
     of_pipeline = family.input_shapes(pipeline, preparation_for(pipeline, family).shape)
-    # The published VAE makes more pixels of a latent than the tiny one; a spectrogram's mels are not the denoiser's.
-    known = slice(2) if name == "audioldm2" else slice(None)
+    # The published VAE makes more pixels of a latent than the tiny one. A spectrogram's mels are not the denoiser's,
+    # and AuraFlow's default size is a number of pixels.
+    known = {"audioldm2": slice(2), "auraflow": slice(1)}.get(name, slice(None))
     if family.modality != "video":
         assert shapes.latents[known] == of_pipeline.latents[known]
     assert shapes.latents[0] == of_pipeline.latents[0]
@@ -320,12 +337,17 @@ def test_a_denoiser_alone_has_the_shapes_of_the_published_pipeline(name):
     ("name", "sample_shape", "latents", "lengths"),
     [
         ("stable_diffusion", (3, 512, 512), (4, 64, 64), {"prompt_embeds": 77}),
+        ("instruct_pix2pix", (3, 512, 512), (4, 64, 64), {"prompt_embeds": 77}),
         ("stable_diffusion_xl", (3, 1024, 768), (4, 128, 96), {"prompt_embeds": 77}),
         ("stable_diffusion_3", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 333}),
         ("flux_dev", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 512}),
         ("pixart_sigma", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 300}),
         ("sana", (3, 1024, 1024), (4, 32, 32), {"prompt_embeds": 300}),
         ("qwen_image", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 512}),
+        ("chroma", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 512, "prompt_attention_mask": 512}),
+        ("auraflow", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 256}),
+        ("lumina2", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 256}),
+        ("z_image", (3, 1024, 1024), (4, 128, 128), {"prompt_embeds": 512}),
         ("wan", (3, 81, 480, 832), (16, 21, 60, 104), {"prompt_embeds": 512}),
         ("cogvideox", (3, 49, 480, 720), (4, 13, 60, 90), {"prompt_embeds": 226}),
         ("stable_audio", (2, 2097152), (4, 1024), {"prompt_embeds": 128}),
@@ -398,7 +420,7 @@ def test_the_sampler_goes_to_the_image_that_the_process_s_target_stands_for(name
     torch.testing.assert_close(sample, x0, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["flux_dev", "flux_schnell", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux_dev", "flux_schnell", "qwen_image", "chroma"])
 def test_the_solver_s_grid_is_that_of_a_sampler_which_shifts_by_the_image_s_size(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     family = family_for(pipeline)
@@ -420,18 +442,18 @@ def test_a_saved_lora_gives_the_same_output_in_a_fresh_pipeline(name, tmp_path):
     config = LoraConfig(r=2, lora_alpha=8, target_modules=list(family.lora_target_modules), init_lora_weights=False)
     denoiser = get_peft_model(family.denoiser(pipeline), config).eval()
     with torch.no_grad():
-        expected = denoiser(*args, **kwargs)[0]
+        expected = stacked(denoiser(*args, **kwargs)[0])
     write_lora(pipeline, family, denoiser, tmp_path)
 
     fresh = tiny.build(name)
     with torch.no_grad():
-        base = family.denoiser(fresh)(*args, **kwargs)[0]
+        base = stacked(family.denoiser(fresh)(*args, **kwargs)[0])
         if family.lora_format == "peft":
             loaded = PeftModel.from_pretrained(family.denoiser(fresh), tmp_path).eval()
         else:
             fresh.load_lora_weights(tmp_path)
             loaded = family.denoiser(fresh)
-        output = loaded(*args, **kwargs)[0]
+        output = stacked(loaded(*args, **kwargs)[0])
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
@@ -474,7 +496,7 @@ def test_gradients_are_the_same_with_gradient_checkpointing(name):
     assert len(without) > 0.9 * len(list(denoiser.parameters()))
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.IMAGE_CASES if name != "sana"])
+@pytest.mark.parametrize("name", [name for name in tiny.IMAGE_CASES if name != "sana" and not tiny.CASES[name].edits])
 def test_resolution_is_what_the_pipeline_generates(name, monkeypatch):
     pipeline = tiny.build(name)
     options = {"clean_caption": False, "use_resolution_binning": False} if name == "pixart_sigma" else {}
@@ -499,6 +521,7 @@ def test_resolutions_that_the_denoiser_cannot_take_are_refused_before_anything_i
 
     def predicted_shape(height: int, width: int) -> tuple[torch.Size, torch.Size]:
         mean, _ = family.encode_samples(pipeline, torch.zeros(1, 3, height, width))
+        conditioning.update(dict.fromkeys(family.condition_images, mean))
         with torch.no_grad():
             prediction = family.predict(family.denoiser(pipeline), mean, torch.tensor([500.0]), conditioning)
         return prediction.shape, mean.shape
@@ -568,14 +591,21 @@ def turbo(name: str) -> DiffusionPipeline:
     return pipeline
 
 
+def z_image_turbo() -> DiffusionPipeline:
+    pipeline = tiny.build("z_image")
+    pipeline.register_to_config(_name_or_path="Tongyi-MAI/Z-Image-Turbo")
+    return pipeline
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
         (lambda: tiny.build("flux_schnell"), "guidance_embeds=False"),
+        (z_image_turbo, "its name is Tongyi-MAI/Z-Image-Turbo"),
         (lambda: turbo("stable_diffusion"), "EulerAncestralDiscreteScheduler has timestep_spacing='trailing'"),
         (lambda: turbo("stable_diffusion_xl"), "EulerAncestralDiscreteScheduler has timestep_spacing='trailing'"),
     ],
-    ids=["schnell", "sd_turbo", "sdxl_turbo"],
+    ids=["schnell", "z_image_turbo", "sd_turbo", "sdxl_turbo"],
 )
 def test_step_distilled_checkpoints_are_warned_of_once(build, reason, caplog):
     base._warn_of_distillation.cache_clear()

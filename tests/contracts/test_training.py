@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers import tiny
 from helpers.pipelines import weights_of
-from helpers.recorder import PROMPTS, Recorder
+from helpers.recorder import PROMPTS, Recorder, stacked
 from helpers.training_runs import cache, lora_config, options, pairs, train  # noqa: F401
 from peft import PeftModel
 from torch import Tensor, nn
@@ -33,15 +33,14 @@ def denoiser_call(name: str) -> tuple[tuple, dict]:
     """Arguments as the pipeline's own loop passes them."""
     pipeline = tiny.build(name)
     recorder = Recorder(family_for(pipeline).denoiser(pipeline))
-    size = dict(zip(("height", "width"), tiny.CASES[name].size, strict=False))
-    options = {"num_inference_steps": 1, "output_type": "latent", **size, **tiny.CASES[name].call}
-    pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 1, "output_type": "latent", **tiny.CASES[name].arguments(len(PROMPTS))}
+    pipeline(list(PROMPTS), **options, generator=torch.Generator().manual_seed(0))
     return recorder.raw[-1]
 
 
 def output(denoiser: nn.Module, call: tuple[tuple, dict]) -> Tensor:
     with torch.no_grad():
-        return denoiser.eval()(*call[0], **call[1])[0]
+        return stacked(denoiser.eval()(*call[0], **call[1])[0])
 
 
 def loaded_from(folder: str, name: str, lora: bool) -> nn.Module:
@@ -101,5 +100,6 @@ def test_self_npo_trains_from_noise_and_from_data(name, lora, pairs, options):
         **options(start=start, teacher="ema", guidance_scale=2.0, solver_steps=4, truncated_steps=2),
     )
     pipeline = tiny.build(name)
-    samples = pairs.remove_columns("rejected").rename_column("chosen", family_for(pipeline).modality)
+    column = "edited_image" if tiny.CASES[name].edits else family_for(pipeline).modality
+    samples = pairs.remove_columns("rejected").rename_column("chosen", column)
     train(SelfNPOTrainer(pipeline, cfg, samples, peft_config=lora_config(lora)))

@@ -48,7 +48,9 @@ def tiny_samples(pipeline, **options):
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_a_sample_does_not_depend_on_its_batch(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
-    options = {**dict(zip(("height", "width"), case.size, strict=False)), **case.call}
+    options = case.arguments(len(TEXTS))
+    if case.edits:
+        options["images"] = options.pop("image")
     options |= GUIDED.get(name, {"guidance_scale": 4.0})
     decoded: list[torch.Tensor] = []
     pipeline.vae.decoder.register_forward_hook(

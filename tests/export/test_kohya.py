@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from helpers import tiny
 from helpers.pipelines import build_tiny_pipeline
-from helpers.recorder import PROMPTS, Recorder
+from helpers.recorder import PROMPTS, Recorder, stacked
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sdxl_memory import sdxl_unet
@@ -39,7 +39,9 @@ TARGETS = {
         "norm1_context.linear",
         *(f"transformer_blocks.0.ff.{name}" for name in MLPS),
     ],
+    "chroma": [*MMDIT, *(f"transformer_blocks.0.ff.{name}" for name in MLPS)],
     "qwen_image": ["to_q", "to_k", "to_v", "to_out.0", "to_add_out", "add_q_proj", "img_mod.1", *MLPS],
+    "z_image": ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
     "wan": ["to_q", "to_k", "to_v", "to_out.0", *MLPS],
 }
 # Each has alpha 8 and rank 4 where no pattern says otherwise.
@@ -64,7 +66,7 @@ def call_of_the_sampler(pipeline: DiffusionPipeline, name: str):
     recorder = Recorder(family.denoiser(pipeline))
     size = dict(zip(("height", "width"), case.size, strict=False))
     options = {"num_inference_steps": 1, "output_type": "latent", **size, **case.call}
-    pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))
+    pipeline(list(PROMPTS), **options, generator=torch.Generator().manual_seed(0))
     return recorder.raw[-1]
 
 
@@ -76,14 +78,14 @@ def test_diffusers_loads_it_at_the_trained_scale(name, options, tmp_path):
     args, kwargs = call_of_the_sampler(pipeline, name)
     model = with_lora(pipeline, TARGETS[name], **options)
     with torch.no_grad():
-        expected = model(*args, **kwargs)[0]
+        expected = stacked(model(*args, **kwargs)[0])
     save_lora(pipeline, family, model, tmp_path, kohya=True)
 
     fresh = tiny.build(name)
     with torch.no_grad():
-        base = family.denoiser(fresh)(*args, **kwargs)[0]
+        base = stacked(family.denoiser(fresh)(*args, **kwargs)[0])
         fresh.load_lora_weights(tmp_path, weight_name=KOHYA_FILE)
-        output = family.denoiser(fresh)(*args, **kwargs)[0]
+        output = stacked(family.denoiser(fresh)(*args, **kwargs)[0])
     assert (expected - base).abs().max() > 1e-2
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
 
@@ -279,7 +281,11 @@ def test_full_weights_and_other_folders_are_no_source(pairs, config, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("pixart_sigma", {}, "no names for the layers of a PixArtSigmaPipeline; they have for FluxPipeline, Qwen"),
+        (
+            "pixart_sigma",
+            {},
+            "no names for the layers of a PixArtSigmaPipeline; they have for ChromaPipeline, FluxPipeline, Qwen",
+        ),
         ("stable_diffusion", {"use_dora": True}, "cannot express use_dora"),
         (
             "stable_diffusion_xl",

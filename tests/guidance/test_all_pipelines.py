@@ -17,13 +17,19 @@ PROMPTS = ["a red circle", "a blue ring on a green ground, far away"]
 
 
 def sample(pipeline, name: str, scale: float) -> torch.Tensor:
-    case = tiny.CASES[name]
     key = "true_cfg_scale" if name in tiny.TRUE_GUIDANCE else "guidance_scale"
-    size = dict(zip(("height", "width"), case.size, strict=False))
-    options = {"num_inference_steps": 2, "output_type": "latent", **size, **case.call, key: scale}
+    arguments = tiny.CASES[name].arguments(len(PROMPTS))
+    # Z-Image's guidance is `pos + s (pos - neg)`, off at 0.
+    value = scale - 1 if name == "z_image" else scale
+    options = {"num_inference_steps": 2, "output_type": "latent", **arguments, key: value}
     if scale != 1.0:
         options["negative_prompt"] = ["a black square"] * 2
-    return pipeline(PROMPTS, **options, generator=torch.Generator().manual_seed(0))[0]
+    return pipeline(list(PROMPTS), **options, generator=torch.Generator().manual_seed(0))[0]
+
+
+def scaled(output: torch.Tensor | list[torch.Tensor], factor: float) -> tuple:
+    """A denoiser's output, times a number."""
+    return ([factor * sample for sample in output] if isinstance(output, list) else factor * output,)
 
 
 @pytest.mark.parametrize("name", tiny.CASES)
@@ -31,9 +37,9 @@ def test_the_negative_side_alone_is_the_other_model_s(name):
     """With a negative model that predicts zero, guidance `neg + s (pos - neg)` is s times the plain prediction."""
     plain = tiny.build(name)
     denoiser = getattr(plain, denoiser_name(plain))
-    # Qwen-Image brings the result back to the positive prediction's norm.
-    factor = 1.0 if name == "qwen_image" else SCALE
-    denoiser.register_forward_hook(lambda module, args, output: (factor * output[0],))
+    # These bring the result back to the positive prediction's norm.
+    factor = 1.0 if name in ("qwen_image", "lumina2") else SCALE
+    denoiser.register_forward_hook(lambda module, args, output: scaled(output[0], factor))
     expected = sample(plain, name, 1.0)
 
     pipeline = tiny.build(name)
@@ -43,12 +49,12 @@ def test_the_negative_side_alone_is_the_other_model_s(name):
 
     def zero(module, args, kwargs, output):
         rows.append(len(output[0]))
-        return (torch.zeros_like(output[0]),)
+        return scaled(output[0], 0.0)
 
     guidance.second.register_forward_hook(zero, with_kwargs=True)
     guided = sample(pipeline, name, SCALE)
     # Solvers of higher order evaluate more often.
-    assert len(rows) >= 2 and set(rows) == {2}
+    assert len(rows) >= 2 and set(rows) == {4 if tiny.CASES[name].edits else 2}
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
 
 

@@ -10,7 +10,6 @@ from diffusers import (
     AudioLDM2ProjectionModel,
     AudioLDM2UNet2DConditionModel,
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
@@ -48,93 +47,34 @@ from transformers import (
     ClapConfig,
     ClapFeatureExtractor,
     ClapModel,
-    CLIPTextConfig,
-    CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 from helpers.pipelines import build_tiny_pipeline
-from trl_diffusion_pref.shapes import pipeline_folder
-
-
-def clip_tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer")
-
-
-def clip_text_encoder(kind: type = CLIPTextModel, width: int = 32, layers: int = 2) -> CLIPTextModel:
-    """Two layers, since SDXL and SD 3 read the last but one."""
-    tokenizer = clip_tokenizer()
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=32,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    """One token per letter."""
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    letters += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return T5Tokenizer(vocab=letters, extra_ids=0)
-
-
-def t5_text_encoder(width: int = 32) -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ).eval()
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    """One token per letter; what else there is becomes `<unk>`."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
-    letters = [*special, *"abcdefghijklmnopqrstuvwxyz"]
-    return GemmaTokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token per byte, so that the 34 tokens which the pipeline drops are part of its template."""
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
-    return Qwen2Tokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
-
-
-def autoencoder_kl(**options) -> AutoencoderKL:
-    """Two pixels per latent."""
-    defaults = {
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "block_out_channels": (8, 8),
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-        "sample_size": 16,
-        "mid_block_add_attention": False,
-        "scaling_factor": 0.7,
-    }
-    return AutoencoderKL(**{**defaults, **options})
+from helpers.tiny_auraflow import build_auraflow
+from helpers.tiny_chroma import build_chroma
+from helpers.tiny_instruct_pix2pix import build_instruct_pix2pix, images
+from helpers.tiny_lumina2 import build_lumina2
+from helpers.tiny_parts import (
+    autoencoder_kl,
+    clip_text_encoder,
+    clip_tokenizer,
+    gemma_tokenizer,
+    qwen_tokenizer,
+    t5_text_encoder,
+    t5_tokenizer,
+    umt5_text_encoder,
+)
+from helpers.tiny_z_image import build_z_image
 
 
 def build_stable_diffusion(prediction_type: str = "epsilon", rescale_betas_zero_snr: bool = False):
@@ -373,15 +313,16 @@ def build_wan() -> WanPipeline:
         num_layers=1,
         rope_max_seq_len=32,
     )
-    tokenizer = t5_tokenizer()
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
+    text_encoder = umt5_text_encoder()
     vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     # As published: a multistep solver set to flows.
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return WanPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        tokenizer=t5_tokenizer(),
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=transformer,
     )
 
 
@@ -434,7 +375,7 @@ def unchanged(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
 
 
 def pack(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Of Flux and Qwen-Image."""
+    """Of Flux, Chroma and Qwen-Image."""
     return pipeline._pack_latents(latents, *latents.shape)
 
 
@@ -557,6 +498,11 @@ def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return latents.transpose(1, 2)
 
 
+def one_frame(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Of Z-Image, whose denoiser takes an image for a video of one frame."""
+    return latents.squeeze(2) if latents.ndim == 5 else latents
+
+
 def unchanged_pixels(pixels: Tensor) -> Tensor:
     return pixels
 
@@ -576,6 +522,7 @@ class Case:
         frames: Of a clip; None for an image.
         waveform: Channels and samples of sound; None for what is seen.
         to_vae: Images or clips in the layout that the VAE takes.
+        edits: Whether the pipeline edits images, and takes the size from them.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -588,6 +535,13 @@ class Case:
     frames: int | None = None
     waveform: tuple[int, int] | None = None
     to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
+    edits: bool = False
+
+    def arguments(self, prompts: int) -> dict[str, Any]:
+        """Of a call on so many prompts: the size, or the images to edit, and `call`."""
+        if self.edits:
+            return {"image": images(self.size, prompts), **self.call}
+        return {**dict(zip(("height", "width"), self.size, strict=False)), **self.call}
 
     def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
         """Random images, clips or waveforms."""
@@ -619,6 +573,9 @@ CASES = {
         lambda: build_stable_diffusion_xl(latents_mean=(0.1, -0.2, 0.3, -0.4), latents_std=(1.5, 0.5, 2.0, 1.0)),
         prediction_type="epsilon",
     ),
+    "instruct_pix2pix": Case(
+        build_instruct_pix2pix, unpack=lambda pipeline, latents: latents[:, :4], prediction_type="epsilon", edits=True
+    ),
     "stable_diffusion_3": Case(build_stable_diffusion_3),
     "stable_diffusion_3_without_t5": Case(lambda: build_stable_diffusion_3(absent=(3,))),
     "flux_dev": Case(
@@ -634,6 +591,10 @@ CASES = {
         unpack=unpack,
         to_vae=lambda pixels: pixels.unsqueeze(2),
     ),
+    "chroma": Case(build_chroma, pack=pack, unpack=unpack),
+    "auraflow": Case(build_auraflow),
+    "lumina2": Case(build_lumina2, size=(32, 48)),
+    "z_image": Case(build_z_image, call={"guidance_scale": 0.0}, unpack=one_frame, size=(32, 48)),
     "wan": Case(build_wan, call={"guidance_scale": 1.0, "num_frames": 5}, size=(16, 32), frames=5),
     "cogvideox": Case(
         build_cogvideox,

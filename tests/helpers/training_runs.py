@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from peft import LoraConfig
 from PIL import Image as PILImage
 from torch import Tensor
@@ -19,7 +19,9 @@ def pairs(name) -> Dataset:
     """Pairs of what the case's pipeline generates."""
     case = tiny.CASES[name]
     if name in tiny.IMAGE_CASES:
-        return preference_pairs(4, seed=7)
+        found = preference_pairs(4, seed=7)
+        sources = found.select_columns("rejected").rename_column("rejected", "image")
+        return concatenate_datasets([found, sources], axis=1) if case.edits else found
     samples = [case.pixels(batch=4, seed=seed) for seed in (1, 2)]
     rows = {"prompt": ["a cat", "a dog"] * 2}
     if case.waveform:

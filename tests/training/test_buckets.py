@@ -96,6 +96,7 @@ class TestFamilies:
     def test_buckets_are_the_default_where_models_were_trained_on_shapes(self):
         default = {family.pipeline_class: family.aspect_ratio_buckets for family in all_families()}
         assert default.pop("StableDiffusionPipeline") is False
+        assert default.pop("StableDiffusionInstructPix2PixPipeline") is False
         on = {name for name, value in default.items() if value}
         assert on == {
             "StableDiffusionXLPipeline",
@@ -104,6 +105,10 @@ class TestFamilies:
             "PixArtSigmaPipeline",
             "SanaPipeline",
             "QwenImagePipeline",
+            "ChromaPipeline",
+            "AuraFlowPipeline",
+            "Lumina2Pipeline",
+            "ZImagePipeline",
         }
         # The others make videos and audio.
         others = [family for family in all_families() if family.pipeline_class in set(default) - on]
@@ -111,8 +116,9 @@ class TestFamilies:
 
     @pytest.mark.parametrize("name", tiny.IMAGE_CASES)
     def test_every_bucket_can_be_encoded_and_denoised(self, name):
-        pipeline, size = tiny.build(name), 32
+        pipeline = tiny.build(name)
         family = family_for(pipeline)
+        size = max(32, 8 * family.size_step(pipeline))
         encoder = encoder_of(pipeline, family, EncodingOptions(size, buckets=BucketOptions(True)))
         sizes, shapes = encoder.samples.sizes, encoder.latent_shapes()
         assert (size, size) in sizes and len(sizes) > 4
@@ -124,6 +130,7 @@ class TestFamilies:
             assert tuple(mean.shape[1:]) == shapes[index]
             own = family.image_conditioning(pipeline, (height, width), (0, 0), (height, width))
             conditioning = family.encode_prompts(pipeline, ["a cat"]) | {n: t[None] for n, t in own.items()}
+            conditioning |= dict.fromkeys(family.condition_images, mean)
             with torch.no_grad():
                 prediction = family.predict(family.denoiser(pipeline), mean, torch.tensor([500.0]), conditioning)
             assert prediction.shape == mean.shape and prediction.isfinite().all()
@@ -182,7 +189,7 @@ class TestConditioning:
 
 class TestTimes:
     @pytest.mark.parametrize("kind", ["exponential", "linear"])
-    @pytest.mark.parametrize("name", ["flux_dev", "stable_diffusion_3", "qwen_image"])
+    @pytest.mark.parametrize("name", ["flux_dev", "stable_diffusion_3", "qwen_image", "chroma"])
     def test_the_shift_is_the_one_that_the_sampler_has_at_the_bucket_s_size(self, name, kind, run, monkeypatch):
         """Steep, so that buckets of nearly equal areas differ."""
         pipeline = tiny.build(name)
@@ -236,11 +243,15 @@ class TestRuns:
     @pytest.mark.parametrize(
         "name",
         ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev"]
-        + [pytest.param(name, marks=pytest.mark.slow) for name in ("pixart_sigma", "sana", "qwen_image")],
+        + [
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("pixart_sigma", "sana", "qwen_image", "chroma", "auraflow", "lumina2", "z_image")
+        ],
     )
     def test_models_train_by_default_on_every_shape_of_the_data(self, name, kind, run, pairs):
         pipeline = tiny.build(name)
-        sizes = {"aspect_ratio_buckets": None, "num_train_epochs": 1}
+        size = max(32, 8 * family_for(pipeline).size_step(pipeline))
+        sizes = {"aspect_ratio_buckets": None, "num_train_epochs": 1, "resolution": size}
         trainer, batches = run(kind, pipeline, pairs, **sizes, learning_rate=1e-4)
         before = weights_of(trainer.model)
         trainer.train()

@@ -199,7 +199,7 @@ def _run_score(parsed: Parsed, words: Sequence[str]) -> int:
 _BASE = {"base": "model_name_or_path"}
 _COMPARE = options_of(
     compare,
-    leave_out=("rewards", "pairs"),
+    leave_out=("rewards", "pairs", "images"),
     rename=_BASE,
     types_of={"base": str, "tuned": list[str], "prompts": str, **_HOW},
     subject="What is compared",

@@ -1,6 +1,6 @@
 """From rows with a prompt and samples to batches of latents and prompt embeddings, encoded once."""
 
-from .batch import Batch, Collator, Mode, NoisyBatch, Posterior, corrupt, drop_prompts, halves
+from .batch import Batch, Collator, Mode, NoisyBatch, Posterior, corrupt, halves, with_dropout
 from .dataset_encoder import DatasetEncoder
 from .encoded import EncodedDataset, load_encoded_dataset
 from .encoders import Encoders, on_device
@@ -41,7 +41,6 @@ __all__ = [
     "column_names",
     "corrupt",
     "dataset_fingerprint",
-    "drop_prompts",
     "encode_prompt_table",
     "halves",
     "load_encoded_dataset",
@@ -51,4 +50,5 @@ __all__ = [
     "pair_report",
     "pairs_and_report",
     "preparation_for",
+    "with_dropout",
 ]

@@ -1,6 +1,6 @@
 """A batch as a type, and what is made of it: noisy versions of its samples, for the denoiser and its target."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +117,7 @@ class Mode:
         dataset: "train", or "eval" followed by the evaluation data set's name; None for one that only `evaluate` was
             given. What is stored by row (reference errors, the base's likelihoods) is found by it.
         prompt_dropout: Share of rows, in [0, 1), that get the empty prompt; 0 in evaluation.
+        condition_dropout: Of those rows, the share whose condition images become zeros, in [0, 1].
         sample_posterior: Whether latents are drawn from the VAE's posterior or its mean is taken.
         empty_prompt: The unconditional side's conditioning, `(1, ...)`; None where no prompt is dropped.
     """
@@ -125,6 +126,7 @@ class Mode:
     keys: Sequence[SampleKey]
     dataset: str | None = None
     prompt_dropout: float = 0.0
+    condition_dropout: float = 0.0
     sample_posterior: bool = True
     empty_prompt: Mapping[str, Tensor] | None = None
 
@@ -154,10 +156,7 @@ def corrupt(batch: Batch, mode: Mode, process: NoiseProcess) -> NoisyBatch:
     x0 = batch.posterior.at(draws.posterior_noise if mode.sample_posterior else None).flatten(0, 1)
     noise = draws.noise.repeat(len(mean), *[1] * (draws.noise.ndim - 1))
     t = draws.timesteps.repeat(len(mean))
-    conditioning = batch.conditioning()
-    if mode.empty_prompt is not None:
-        dropped = (draws.uniform < mode.prompt_dropout).repeat(len(mean))
-        conditioning = drop_prompts(conditioning, dropped, mode.empty_prompt)
+    conditioning = with_dropout(batch.conditioning(), draws.uniform.repeat(len(mean)), mode, batch.conditions)
     return NoisyBatch(process.corrupt(x0, noise, t), process.model_time(t), process.target(x0, noise, t), conditioning)
 
 
@@ -165,6 +164,22 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     """Of the first and of the second samples of pairs, `(B, ...)` each, from `(2B, ...)`."""
     first, second = values.chunk(2)
     return first, second
+
+
+def with_dropout(
+    conditioning: dict[str, Tensor], uniform: Tensor, mode: Mode, conditions: Collection[str]
+) -> dict[str, Tensor]:
+    """Conditioning `(B, ...)` without prompt, or without prompt and condition images, in the shares of rows of `mode`.
+
+    Args:
+        uniform: `(B,)`, one number in [0, 1) for each row, which decides for it.
+        conditions: Names of the condition images.
+    """
+    if mode.empty_prompt is None:
+        return conditioning
+    conditioning = drop_prompts(conditioning, uniform < mode.prompt_dropout, mode.empty_prompt)
+    no_images = {name: torch.zeros_like(conditioning[name][:1]) for name in conditions}
+    return drop_prompts(conditioning, uniform < mode.prompt_dropout * mode.condition_dropout, no_images)
 
 
 def drop_prompts(

@@ -59,7 +59,10 @@ class RowEncoder:
         problems, moments = [], []
         for index, place in enumerate(layout.places):
             pixels = torch.stack([row.samples[index] for row in prepared])
-            mean, std = self.family.encode_samples(self.pipeline, pixels)
+            if index < layout.num_samples:
+                mean, std = self.family.encode_samples(self.pipeline, pixels)
+            else:
+                mean = std = self.family.encode_condition(self.pipeline, pixels)
             finite = (torch.isfinite(mean) & torch.isfinite(std)).flatten(1).all(dim=1).tolist()
             reason = f"the {vae} gives NaN or infinity, in float32 too, so its weights are damaged; load them again"
             problems += [
@@ -93,8 +96,11 @@ class RowEncoder:
             return _bad(row, [RowProblem(row, *problem, "wrong length")])
         problems, decoded = [], []
         notes: dict[str, str] = {}
-        for place, cell in zip(layout.places, layout.cells(cells), strict=True):
+        for index, (place, cell) in enumerate(zip(layout.places, layout.cells(cells), strict=True)):
             try:
+                if index >= layout.num_samples and isinstance(cell, (list, tuple)):
+                    message = f"found {len(cell)} images, but {preparation.pipeline_class} takes one in this column"
+                    raise CellProblem(message, "wrong length")
                 decoded.append(preparation.decode(cell))
             except CellProblem as error:
                 problems.append(RowProblem(row, place, str(error), error.kind))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..diffusion.randomness import CAPTION, generator_for
+from ..families import all_families
 from .bad_rows import RowProblem
 
 
@@ -65,6 +66,10 @@ class Layout:
     def num_samples(self) -> int:
         """Samples of a row."""
         return len(self.samples) * (self.samples_per_cell or 1)
+
+    def conditioned_on(self, images: Sequence[str]) -> "Layout":
+        """The same with columns of condition images, see `Family.condition_images`; without any, unchanged."""
+        return replace(self, conditions=tuple(images)) if images else self
 
     def scalars_of(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The columns of numbers that a data set with these columns has."""
@@ -143,6 +148,12 @@ def check_columns(
         return
     columns = column_names(dataset)
     missing = [name for name in needed if name not in columns]
+    if missing and set(missing) <= set(layout.conditions):
+        raise ValueError(
+            f"{label} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: the pipeline edits images, and "
+            f"each row needs the image that its samples were made from. Found: {', '.join(columns)}. Rename yours: "
+            f"dataset.rename_columns({{'your_name': '{missing[0]}'}}); or train a pipeline that generates from text."
+        )
     if missing:
         raise ValueError(
             f"{label} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; found: "
@@ -167,10 +178,11 @@ def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout
         ValueError: They have.
     """
     if layout.samples == PAIRS.samples and not layout.conditions and "image" in column_names(dataset):
+        editing = [family.pipeline_class for family in all_families() if family.condition_images]
         raise ValueError(
             f"{label} has the column image, from which chosen and rejected were edited, and the trained model sees "
-            "the prompt alone: editing models are not supported. To train on the prompts all the same, remove the "
-            "column: load_pairs(...).remove_columns('image')."
+            f"the prompt alone. Train a pipeline that takes condition images ({', '.join(editing)}), or, to train on "
+            "the prompts all the same, remove the column: load_pairs(...).remove_columns('image')."
         )
 
 

@@ -15,8 +15,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor
 
+from ..data.content import cell_key
+from ..data.shards import key_of
+from ..export.files import write_whole
 from ..families import family_for
 from ..guidance.tuned import with_tuned_weights
 from ..rewards.scoring import Rewards, score
@@ -25,8 +29,8 @@ from .comparison_page import comparison_page
 from .loading import loaded_pipeline
 from .page_media import data_url, features
 from .preference import HeldOutPairs
-from .sample_files import Samples, is_blank, write_whole
-from .sampling import sample, seeds_for
+from .sample_files import Samples, is_blank
+from .sampling import decoded_images, sample, seeds_for
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ def compare(
     rewards: Rewards,
     output: str | os.PathLike[str],
     *,
+    images: Sequence[Any] | None = None,
     samples_per_prompt: int = 4,
     seed: int = 0,
     batch_size: int = 4,
@@ -66,10 +71,11 @@ def compare(
         base: Hub id, folder or loaded pipeline.
         tuned: Models by the name that the report shows, or a single one, which it calls "tuned": LoRAs, denoisers or
             pipelines, each a file, a folder, a Hub id or loaded.
-        prompts: P texts, each once.
+        prompts: P texts, each once; with `images`, once for each image.
         rewards: One, several, or several by name, see `rewards.score`.
         output: Folder for `comparison.json`, `comparison.md` (a section for a model card), `index.html` (a page
             without any other file), and `samples/`.
+        images: For pipelines that edit images: P images, see `sample`. Rewards get them as the column `image`.
         samples_per_prompt: S. With 1, diversity is not measured.
         seed: Of the samples' seeds, which differ between prompts.
         batch_size: Samples in one call of the pipeline.
@@ -99,7 +105,7 @@ def compare(
     print(found.to_markdown())
     ```
     """
-    prompts = _checked_prompts(prompts)
+    prompts, sources = _checked_prompts(prompts, images)
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt={samples_per_prompt}: at least one sample is needed.")
     if not isinstance(tuned, Mapping):
@@ -115,12 +121,14 @@ def compare(
         "samples per prompt": samples_per_prompt,
         "seed": seed,
         **{k: repr(v) for k, v in pipeline_kwargs.items()},
+        **({"images": key_of(*map(cell_key, sources)).hex()} if sources else {}),
     }
     _check_report(folder / REPORT, {"prompts": prompts, "models": names, "options": options})
 
     seeds = [seeds_for(prompts, seed=seed, number=number) for number in range(samples_per_prompt)]
     asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     own_seeds = [seeds[number][index] for index in range(len(prompts)) for number in range(samples_per_prompt)]
+    asked_images = [image for image in sources or () for _ in range(samples_per_prompt)] or None
     shape = (len(prompts), samples_per_prompt)
     scores: dict[str, dict[str, np.ndarray]] = {}
     diversity, blank, seconds, elbos = {}, {}, {}, {}
@@ -133,6 +141,7 @@ def compare(
                     pipeline,
                     asked,
                     own_seeds,
+                    images=asked_images,
                     batch_size=batch_size,
                     output=folder / SAMPLES,
                     description=f"Sampling with {name}",
@@ -142,7 +151,7 @@ def compare(
                     seconds[name] = (time.perf_counter() - began) / samples.made
                 if held_out is not None:
                     elbos[name] = held_out.elbos(pipeline)
-            found, left_out = _scored(samples, asked, rewards)
+            found, left_out = _scored(samples, asked, rewards, {"image": asked_images} if asked_images else {})
             scores[name] = {reward: values.reshape(shape) for reward, values in found.items()}
             blank[name] = len(left_out)
             if samples_per_prompt > 1:
@@ -176,16 +185,19 @@ def compare(
     return comparison
 
 
-def _checked_prompts(prompts: Sequence[str]) -> list[str]:
+def _checked_prompts(prompts: Sequence[str], images: Sequence[Any] | None) -> tuple[list[str], list[Image] | None]:
+    """Prompts, and the images to edit."""
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts is empty; pass the prompts to compare the models on.")
-    twice = next((prompt for number, prompt in enumerate(prompts) if prompt in prompts[:number]), None)
+    sources = None if images is None else decoded_images(images, len(prompts))
+    asked = [(prompt, cell_key(sources[number]) if sources else b"") for number, prompt in enumerate(prompts)]
+    twice = next((one for number, one in enumerate(asked) if one in asked[:number]), None)
     if twice is not None:
         raise ValueError(
-            f"The prompt {twice!r} comes twice; pass each once, and raise samples_per_prompt for more samples."
+            f"The prompt {twice[0]!r} comes twice; pass each once, and raise samples_per_prompt for more samples."
         )
-    return prompts
+    return prompts, sources
 
 
 def _check_report(file: Path, own: Mapping[str, Any]) -> None:
@@ -202,7 +214,9 @@ def _check_report(file: Path, own: Mapping[str, Any]) -> None:
         )
 
 
-def _scored(samples: Samples, prompts: Sequence[str], rewards: Rewards) -> tuple[dict[str, np.ndarray], set[int]]:
+def _scored(
+    samples: Samples, prompts: Sequence[str], rewards: Rewards, columns: Mapping[str, Sequence[Any]]
+) -> tuple[dict[str, np.ndarray], set[int]]:
     """Scores `(N,)` by reward, NaN for blank samples, and which those are; all processes score their share."""
     state, count = PartialState(), len(samples)
     parts: list[tuple[list[int], dict[str, list[float]]]] = []
@@ -210,7 +224,8 @@ def _scored(samples: Samples, prompts: Sequence[str], rewards: Rewards) -> tuple
         numbers = range(start, min(start + _SCORED_AT_ONCE, count))
         read = {number: samples[number] for number in numbers}
         kept = [number for number in numbers if not is_blank(read[number])]
-        found = score(rewards, [prompts[number] for number in kept], [read[number] for number in kept])
+        own = {name: [values[number] for number in kept] for name, values in columns.items()}
+        found = score(rewards, [prompts[number] for number in kept], [read[number] for number in kept], **own)
         parts.append((kept, found))
     gathered = gather_object(parts)
     scores: dict[str, np.ndarray] = {}

@@ -113,8 +113,9 @@ class HeldOutPairs:
         num_frames: int | None = None,
         cache_folder: str | Path | None = None,
     ) -> None:
-        check_columns(dataset, "dataset")
         self.family, self.batch_size = family_for(pipeline), batch_size
+        layout = PAIRS.conditioned_on(self.family.condition_images)
+        check_columns(dataset, "dataset", layout)
         self.family.check_complete(pipeline)
         options = EncodingOptions(resolution=as_resolution(resolution), num_frames=num_frames)
         self._settings: dict[str, Any] = {
@@ -128,7 +129,7 @@ class HeldOutPairs:
         encoder = DatasetEncoder(
             pipeline,
             self.family,
-            PAIRS,
+            layout,
             options,
             cache_folder=Path(cache_folder or self._temporary.name),
             batch_size=batch_size,

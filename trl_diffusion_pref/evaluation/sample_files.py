@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias, overload
-from uuid import uuid4
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..data.decode.audio import Waveform, decode_audio
+from ..export.files import UNFINISHED, unfinished_name, write_to_disk, write_whole
 from ..families.base import Modality
 
 
@@ -24,7 +24,6 @@ Sample: TypeAlias = Image.Image | list[Image.Image] | Waveform
 
 # A video is a folder with one file per frame.
 SUFFIXES: dict[Modality, str] = {"image": ".png", "video": "", "audio": ".wav"}
-_UNFINISHED = ".unfinished"
 _ABANDONED_AFTER = 3600  # seconds
 # WAVE_FORMAT_IEEE_FLOAT.
 _FLOAT = 3
@@ -69,18 +68,6 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = _unfinished(path)
-    try:
-        _write(unfinished, content)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def write_sample(path: Path, sample: Sample) -> None:
     """Writes a sample: a PNG file, a folder of them, or a WAV file. Nothing happens if it exists already."""
     if isinstance(sample, Waveform):
@@ -88,11 +75,11 @@ def write_sample(path: Path, sample: Sample) -> None:
     elif not isinstance(sample, list):
         write_whole(path, png_bytes(sample))
     elif not path.exists():
-        unfinished = _unfinished(path)
+        unfinished = unfinished_name(path)
         unfinished.mkdir(parents=True)
         try:
             for number, frame in enumerate(sample):
-                _write(unfinished / f"{number:05}.png", png_bytes(frame))
+                write_to_disk(unfinished / f"{number:05}.png", png_bytes(frame))
             os.rename(unfinished, path)
         except OSError:
             # Another process may have written the same video meanwhile.
@@ -118,23 +105,12 @@ def _read_image(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid4().hex}{_UNFINISHED}")
-
-
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left in a folder: what nobody has written to for an hour.
 
     Younger files may be those of another run that shares the folder.
     """
-    for path in folder.glob(f".*{_UNFINISHED}"):
+    for path in folder.glob(f".*{UNFINISHED}"):
         # The other run may give it its name in this moment.
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < _ABANDONED_AFTER:

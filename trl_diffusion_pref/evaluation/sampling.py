@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.content import cell_key
+from ..data.decode.cell import CellProblem
+from ..data.decode.image import decode_image
 from ..data.shards import key_of
-from ..families import Family, family_for
+from ..families import Family, all_families, family_for
 from ..families.modalities import AudioFamily
 from .batch_invariance import batch_invariant
 from .model_record import model_record
@@ -61,6 +63,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
+    images: Sequence[Any] | None = None,
     batch_size: int = 4,
     output: str | Path | None = None,
     exact: bool = True,
@@ -84,6 +87,8 @@ def sample(
         pipeline: Of a supported family, on the device where it should run; negative guidance and LoRAs stay active.
         prompts: N prompts.
         seeds: N integers from 0 on.
+        images: For pipelines that edit images: N images to edit, as a data set's cells have them (PIL images, paths or
+            bytes). Those of different sizes are in different calls.
         batch_size: Samples in one call of the pipeline.
         output: Folder for the samples, `<key>.png`, `<key>.wav`, or for a video a folder `<key>` of PNG files. The key
             depends on the pipeline's weights, scheduler and adapters, the prompt, the seed, and the call's arguments;
@@ -105,19 +110,24 @@ def sample(
 
     Raises:
         TypeError: An unsupported pipeline.
-        ValueError: Numbers of prompts and seeds differ, a prompt that is empty or no string, an argument that the
-            pipeline does not take or that is set here, a folder that processes do not share, or weights that are not
-            in memory.
+        ValueError: Numbers of prompts, seeds and images differ, a prompt that is empty or no string, an image that
+            cannot be decoded, images that the pipeline does not take or lacks, an argument that the pipeline does not
+            take or that is set here, a folder that processes do not share, or weights that are not in memory.
     """
     family = family_for(pipeline)
     prompts, seeds = list(prompts), [int(seed) for seed in seeds]
+    sources = _sources(pipeline, family, images, len(prompts))
     _check(pipeline, prompts, seeds, batch_size, pipeline_kwargs)
     state = PartialState()
     index, count = (state.process_index, state.num_processes) if all_processes else (0, 1)
     together = count > 1
-    # Each once, also where a prompt comes twice with the same seed.
-    first: dict[tuple[str, int], int] = {}
-    places = [first.setdefault(pair, number) for number, pair in enumerate(zip(prompts, seeds, strict=True))]
+    # Each once, also where a prompt comes twice with the same seed and image.
+    first: dict[tuple[Any, ...], int] = {}
+    asked = [
+        (prompt, seed, *([cell_key(sources[number])] if sources else []))
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    places = [first.setdefault(one, number) for number, one in enumerate(asked)]
     wanted = list(first.values())
     files: list[Path] = []
     if output is not None:
@@ -128,10 +138,7 @@ def sample(
         options = described_options(pipeline_kwargs) | {"exact": exact}
         model = key_of(_VERSION, model_record(pipeline), options).hex()
         suffix = SUFFIXES[family.modality]
-        files = [
-            folder / f"{key_of(model, prompt, seed).hex()}{suffix}"
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        files = [folder / f"{key_of(model, *one).hex()}{suffix}" for one in asked]
         if together:
             state.wait_for_everyone()
         wanted = [number for number in wanted if not files[number].exists()]
@@ -142,9 +149,15 @@ def sample(
     made: dict[int, Sample] = {}
     bar = tqdm(total=len(own), desc=description, unit=" samples", disable=not (show_progress and index == 0 and own))
     with bar, _ready(pipeline, family, exact) if own else nullcontext():
-        for batch in _batches(own, prompts, batch_size, family.pads_to_longest and exact):
+        kinds = [
+            (prompt if family.pads_to_longest and exact else "", sources[number].size if sources else None)
+            for number, prompt in enumerate(prompts)
+        ]
+        for batch in _batches(own, kinds, batch_size):
             generators = [torch.Generator().manual_seed(seeds[number]) for number in batch]
-            samples = _call(pipeline, family, [prompts[number] for number in batch], generators, pipeline_kwargs)
+            edited = [sources[number] for number in batch] if sources else []
+            options = {**pipeline_kwargs, **dict.fromkeys(family.condition_images, edited)}
+            samples = _call(pipeline, family, [prompts[number] for number in batch], generators, options)
             for number, generated in zip(batch, samples, strict=True):
                 if files:
                     write_sample(files[number], generated)
@@ -179,7 +192,10 @@ def _check(
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; it must be a positive integer.")
     taken = [name for name in inspect.signature(type(pipeline).__call__).parameters if name not in _OWN | {"self"}]
+    edited = family_for(pipeline).condition_images
     for name in pipeline_kwargs:
+        if name in edited:
+            raise ValueError(f"{name}: pass images=, one for each prompt; sample() hands them to the pipeline.")
         if name in _OWN:
             raise ValueError(f"{name} cannot be passed on to the {type(pipeline).__name__}: sample() sets it itself.")
         if name not in taken:
@@ -212,11 +228,43 @@ def described_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _batches(numbers: Sequence[int], prompts: Sequence[str], size: int, apart: bool) -> Iterator[list[int]]:
-    """Batches of samples; with `apart`, prompts of different text are in different batches."""
-    groups: dict[str, list[int]] = {}
+def _sources(
+    pipeline: DiffusionPipeline, family: Family, images: Sequence[Any] | None, count: int
+) -> list[Image.Image]:
+    """The images to edit, decoded; none for pipelines that generate from text."""
+    kind = type(pipeline).__name__
+    if not family.condition_images:
+        if images is None:
+            return []
+        editing = ", ".join(each.pipeline_class for each in all_families() if each.condition_images)
+        raise ValueError(f"images: a {kind} generates from text alone. Leave it out, or take one of {editing}.")
+    if images is None:
+        raise ValueError(f"A {kind} edits images, and got none. Pass images=, one for each prompt.")
+    return decoded_images(images, count)
+
+
+def decoded_images(images: Sequence[Any], count: int) -> list[Image.Image]:
+    """The images of as many prompts, decoded.
+
+    Raises:
+        ValueError: Another number of them, or one that cannot be decoded.
+    """
+    if len(images) != count:
+        raise ValueError(f"{len(images)} images for {count} prompts; pass one image for each prompt.")
+    sources = []
+    for number, image in enumerate(images):
+        try:
+            sources.append(decode_image(image))
+        except CellProblem as problem:
+            raise ValueError(f"images, number {number}: {problem}.") from problem
+    return sources
+
+
+def _batches(numbers: Sequence[int], kinds: Sequence[Any], size: int) -> Iterator[list[int]]:
+    """Batches of samples of one kind each."""
+    groups: dict[Any, list[int]] = {}
     for number in numbers:
-        groups.setdefault(prompts[number] if apart else "", []).append(number)
+        groups.setdefault(kinds[number], []).append(number)
     for group in groups.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]

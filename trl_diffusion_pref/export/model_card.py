@@ -45,7 +45,12 @@ def _sampling_with_guidance(pipeline: DiffusionPipeline, family: Family) -> str:
     # Where guidance_scale is an input of the denoiser, guidance itself has another name.
     true_guidance = "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters
     options = 'true_cfg_scale=4.0, negative_prompt=" "' if true_guidance else "guidance_scale=5.0"
-    return f'{family.modality} = pipeline("your prompt", {options}).{_OUTPUTS[family.modality]}[0]'
+    return f"{family.modality} = pipeline({_inputs(family)}, {options}).{_OUTPUTS[family.modality]}[0]"
+
+
+def _inputs(family: Family) -> str:
+    """What a card's code gives the pipeline: a prompt, and the images that it edits."""
+    return ", ".join(['"your prompt"', *(f'{name}=load_image("to_edit.png")' for name in family.condition_images)])
 
 
 def write_model_card(
@@ -83,7 +88,7 @@ def write_model_card(
     negative, base_model, data = record["negative"], record["base_model"], record.get("data", {})
     if getattr(args, "negative", False):
         method, paper, tags = f"Diffusion-NPO ({method})", _DIFFUSION_NPO, [*tags, "diffusion-npo"]
-    task = f"text-to-{family.modality}"
+    task = "image-to-image" if family.condition_images else f"text-to-{family.modality}"
     licence: dict[str, Any] = {**contents.base_licence(pipeline, base_model)}
     relation: dict[str, Any] = {"base_model_relation": "adapter" if lora else "finetune"} if base_model else {}
     card_data = ModelCardData(
@@ -106,6 +111,8 @@ def write_model_card(
         paper=paper,
         citation=contents.bibtex(paper),
         pipeline_class=type(pipeline).__name__,
+        more_imports="\nfrom diffusers.utils import load_image" if family.condition_images else "",
+        inputs=_inputs(family),
         base=base_model,
         base_folder=record.get("base_folder"),
         base_fingerprint=record["base_fingerprint"],

@@ -39,12 +39,17 @@ _ENTRY_POINT_GROUP = "trl_diffusion_pref.families"
 # Pipeline, the first diffusers version that has it, file and class of its family.
 _BUILT_IN = (
     ("StableDiffusionPipeline", "0.37", "stable_diffusion", "StableDiffusionFamily"),
+    ("StableDiffusionInstructPix2PixPipeline", "0.37", "instruct_pix2pix", "InstructPix2PixFamily"),
     ("StableDiffusionXLPipeline", "0.37", "stable_diffusion_xl", "StableDiffusionXLFamily"),
     ("StableDiffusion3Pipeline", "0.37", "stable_diffusion_3", "StableDiffusion3Family"),
     ("FluxPipeline", "0.37", "flux", "FluxFamily"),
     ("PixArtSigmaPipeline", "0.37", "pixart_sigma", "PixArtSigmaFamily"),
     ("SanaPipeline", "0.37", "sana", "SanaFamily"),
     ("QwenImagePipeline", "0.37", "qwen_image", "QwenImageFamily"),
+    ("ChromaPipeline", "0.37", "chroma", "ChromaFamily"),
+    ("AuraFlowPipeline", "0.37", "auraflow", "AuraFlowFamily"),
+    ("Lumina2Pipeline", "0.37", "lumina2", "Lumina2Family"),
+    ("ZImagePipeline", "0.37", "z_image", "ZImageFamily"),
     ("WanPipeline", "0.37", "wan", "WanFamily"),
     ("CogVideoXPipeline", "0.37", "cogvideox", "CogVideoXFamily"),
     ("StableAudioPipeline", "0.37", "stable_audio", "StableAudioFamily"),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.audio_utils import mel_filter_bank
 
 from .autoencoders import decode_with_autoencoder_kl, encode_with_autoencoder_kl
-from .base import PartConfig, model_inside
+from .base import model_inside
 from .modalities import AudioFamily
 from .peft_format import PeftFormatFamily
+from .records import PartConfig
 
 
 # Settings of the spectrograms that the VAE and the vocoder were trained on. diffusers only samples and has no such

@@ -5,7 +5,6 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,14 +23,7 @@ logger = logging.getLogger(__name__)
 
 Modality = Literal["image", "video", "audio"]
 LoraFormat = Literal["diffusers", "peft"]
-
-
-@dataclass(frozen=True)
-class PartConfig:
-    """Stands in for a part of a pipeline of which only its config, or a tokenizer's length, is read."""
-
-    config: Any = None
-    model_max_length: int | None = None
+GuidanceLayout = Literal["batched", "positive_first", "positive_of_three", "separate"]
 
 
 class Family(ABC):
@@ -59,8 +51,10 @@ class Family(ABC):
         kohya: How kohya's scripts and ComfyUI name the denoiser's layers, for `export_lora`; None where they have no
             names for it.
         guidance_layout: How the pipeline calls its denoiser for classifier-free guidance. "batched": once, on
-            [negative; positive]. "separate": twice, inside diffusers' `cache_context("cond")` and
-            `cache_context("uncond")`. None: unknown, and `guidance.negative_guidance` asks for it.
+            [negative; positive]. "positive_first": once, on [positive; negative]; "positive_of_three": on [positive;
+            negative; negative without condition images]. "separate": twice, inside diffusers' `cache_context("cond")`
+            and `cache_context("uncond")`, or the second time with its own `negative_prompt_embeds`. None: unknown, and
+            `guidance.negative_guidance` asks for it.
         guided_pipelines: Names of further diffusers classes around the same denoiser that call it in this layout.
         aspect_ratio_buckets: Whether the published models were trained on images of several shapes.
         prompt_masks: Which of `encode_prompts`' masks says which tokens of an embedding the denoiser looks at, by the
@@ -69,6 +63,9 @@ class Family(ABC):
             a sample depends on the other prompts of its batch. Prompts of different text are then sampled apart.
         shared_arguments: Names of the denoiser's arguments that are the same for all samples, such as positions of
             tokens; their first dimension is never a batch.
+        condition_images: Images that the pipeline edits: columns of the data, and arguments of its `__call__`.
+        channel_conditions: How many of them stand beside the noisy latents on the channel axis.
+        condition_dropout: Of the rows that get the empty prompt, the share whose condition images become zeros.
     """
 
     pipeline_class: str
@@ -85,12 +82,15 @@ class Family(ABC):
     modality: Modality = "image"
     lora_format: LoraFormat = "diffusers"
     kohya: ClassVar[KohyaNames | None] = None
-    guidance_layout: Literal["batched", "separate"] | None = None
+    guidance_layout: GuidanceLayout | None = None
     guided_pipelines: tuple[str, ...] = ()
     aspect_ratio_buckets: bool = False
     prompt_masks: ClassVar[Mapping[str, str]] = {}
     pads_to_longest: bool = False
     shared_arguments: tuple[str, ...] = ()
+    condition_images: tuple[str, ...] = ()
+    channel_conditions: int = 0
+    condition_dropout: float = 0.0
 
     def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
         """The module that is trained."""
@@ -144,13 +144,14 @@ class Family(ABC):
         # Autoencoders name their latents' channels in three ways; one that does so in none cannot be checked.
         names = ("latent_channels", "z_dim", "decoder_input_channels")
         latent = next((size for name in names if (size := pipeline.vae.config.get(name))), None)
-        channels = self.denoiser_config(pipeline).get("in_channels")
-        if latent is not None and channels is not None and channels != latent * self.packing:
+        channels, images = self.denoiser_config(pipeline).get("in_channels"), 1 + self.channel_conditions
+        if latent is not None and channels is not None and channels != latent * self.packing * images:
+            beside = " and condition images" if self.channel_conditions else ""
             raise ValueError(
                 f"The {self.denoiser_name} of this {type(pipeline).__name__} takes {channels} channels, but noisy "
-                f"latents of its {type(pipeline.vae).__name__} have {latent * self.packing}. Checkpoints for "
-                "inpainting, depth, control or image to video take images beside the noisy latents, which rows do not "
-                "have. Use the checkpoint of the same model that generates from text alone."
+                f"latents{beside} of its {type(pipeline.vae).__name__} have {latent * self.packing * images}. Load "
+                "the checkpoint in the class of pipeline that it was published for. If that class cannot be trained "
+                "(inpainting, depth, control, image to video), use the checkpoint that generates from text alone."
             )
 
     def text_device(self, pipeline: DiffusionPipeline) -> torch.device:
@@ -233,7 +234,8 @@ class Family(ABC):
             sample_shape: As `encode_samples` takes it, without the batch dimension.
         """
         channels, factor = self.denoiser_config(pipeline).in_channels, self.pixels_per_latent(pipeline)
-        return channels // self.packing, *(side // factor for side in sample_shape[1:])
+        channels //= self.packing * (1 + self.channel_conditions)
+        return channels, *(side // factor for side in sample_shape[1:])
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         """Shapes of everything that `predict` reads, without the batch dimension.
@@ -325,6 +327,13 @@ class Family(ABC):
             ValueError: Samples of a shape that the VAE would cut short or mistake.
         """
         return encode_with_autoencoder_kl(pipeline.vae, pixels)
+
+    def encode_condition(self, pipeline: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Latents `(B, C, h, w)` of condition images, float32, as `predict` reads them under their column's name.
+
+        Default: the posterior's mean in the scale that the denoiser sees. For `pixels` see `encode_samples`.
+        """
+        return self.encode_samples(pipeline, pixels)[0]
 
     def decode_samples(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_samples`, through the VAE and whatever the pipeline puts after it.

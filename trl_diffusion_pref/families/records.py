@@ -1,7 +1,8 @@
-"""What families say in one value: published options, shapes of inputs."""
+"""What families say in one value: published options, shapes of inputs, stand-ins for parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,14 @@ class InputShapes:
 
     latents: tuple[int, ...]
     conditioning: dict[str, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class PartConfig:
+    """Stands in for a part of a pipeline of which only its config, or a tokenizer's length, is read.
+
+    Not frozen, since some pipelines set an attribute of their tokenizer when they are made.
+    """
+
+    config: Any = None
+    model_max_length: int | None = None

@@ -9,9 +9,10 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
 
 from .autoencoders import decode_finite, encode_finite
-from .base import PartConfig, call_default, model_inside
+from .base import call_default, model_inside
 from .modalities import AudioFamily
 from .peft_format import PeftFormatFamily
+from .records import PartConfig
 
 
 class StableAudioFamily(PeftFormatFamily, AudioFamily):

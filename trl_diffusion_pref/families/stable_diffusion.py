@@ -7,8 +7,9 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from .base import Family, PartConfig, Recommended
+from .base import Family, GuidanceLayout, Recommended
 from .kohya import DIFFUSERS_NAMES
+from .records import PartConfig
 
 
 class StableDiffusionFamily(Family):
@@ -18,8 +19,8 @@ class StableDiffusionFamily(Family):
     denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
     encoder_names = ("vae", "text_encoder")
-    guidance_layout = "batched"
-    guided_pipelines = ("StableDiffusionImg2ImgPipeline",)
+    guidance_layout: GuidanceLayout | None = "batched"
+    guided_pipelines: tuple[str, ...] = ("StableDiffusionImg2ImgPipeline",)
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
     kohya = DIFFUSERS_NAMES
     # One pipeline class serves 1.x and 2.x.
@@ -37,8 +38,11 @@ class StableDiffusionFamily(Family):
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:
-        # SDXL's UNet is of the same class.
-        return super().takes_denoiser(denoiser) and denoiser.config.get("addition_embed_type") != "text_time"
+        # SDXL's and InstructPix2Pix's UNets are of the same class.
+        if not super().takes_denoiser(denoiser):
+            return False
+        config = denoiser.config
+        return config.addition_embed_type != "text_time" and config.in_channels != 2 * config.out_channels
 
     def published_parts(self) -> dict[str, Any]:
         return {"tokenizer": PartConfig(model_max_length=77)}

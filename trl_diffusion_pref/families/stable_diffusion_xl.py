@@ -9,8 +9,9 @@ from diffusers import ModelMixin, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .autoencoders import channel_statistics, decode_finite, encode_with_autoencoder_kl
-from .base import Family, PartConfig, Recommended
+from .base import Family, Recommended
 from .kohya import KohyaNames, Rule
+from .records import PartConfig
 from .stable_diffusion import distilled_unet
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from .base import Family, PartConfig
+from .base import Family
+from .records import PartConfig
 
 
 # Options of some pipelines that would warn or ask for a package.

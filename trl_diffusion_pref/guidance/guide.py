@@ -7,12 +7,14 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from types import FrameType
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ..families.base import GuidanceLayout
 from ..fingerprint import rounded_fingerprints
 from .adapters import NegativeAdapter
 from .halves import join_halves, take_half
@@ -28,10 +30,11 @@ _MARK = "_negative_guidance"
 class NegativeGuidance:
     """A negative model that is active in a pipeline; made by [`add_negative_guidance`].
 
-    The pipeline's own code stays as it is: only its denoiser's `forward` is wrapped. In a call on [negative; positive]
-    each half is computed by itself, with the adapters or the denoiser that belong to it; where the pipeline calls
-    twice, the name that it gives each call (diffusers' `cache_context`) says which side it is. Threads may sample at
-    once as far as the pipeline itself allows it: a lock lets them take turns call by call.
+    The pipeline's own code stays as it is: only its denoiser's `forward` is wrapped. In a call on both sides each half
+    is computed by itself, with the adapters or the denoiser that belong to it. Where the pipeline calls
+    twice, the name that it gives each call (diffusers' `cache_context`) says which side it is, or, without names, that
+    it passes its `negative_prompt_embeds`. Threads may sample at once as far as the pipeline itself allows it: a lock
+    lets them take turns call by call.
 
     Attributes:
         alpha, beta: The strengths, from 0 on. A new value acts from the denoiser's next call on. Setting alpha raises
@@ -46,9 +49,9 @@ class NegativeGuidance:
         base: nn.Module | None,
         alpha: float,
         beta: float,
-        batched: bool,
+        layout: GuidanceLayout,
     ) -> None:
-        self.pipeline, self.batched = pipeline, batched
+        self.pipeline, self.layout = pipeline, layout
         self.denoiser: ModelMixin = getattr(pipeline, denoiser_name(pipeline))
         family = guided_family(pipeline)
         # In an unknown pipeline every name counts that any family shares.
@@ -129,30 +132,36 @@ class NegativeGuidance:
     # ---- One call ------------------------------------------------------------------------------------------------
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        caller = _calling_pipeline()
+        frame = _calling_frame()
+        caller = None if frame is None else frame.f_locals["self"]
         if caller is not None and type(caller) is not type(self.pipeline):
             self._check_layout(caller)
         with self._lock:
-            if not self.batched:
-                negative = getattr(self._thread, "call", None) == "uncond"
+            if self.layout == "separate":
+                name = getattr(self._thread, "call", None)
+                negative = _passes_the_negative_prompt(frame, args, kwargs) if name is None else name == "uncond"
                 return self._negative(original, args, kwargs) if negative else original(*args, **kwargs)
             sample = self._sample(args, kwargs)
-            if not _is_both_sides(sample, caller):
+            parts, lists = 3 if self.layout == "positive_of_three" else 2, isinstance(sample, list)
+            if not _is_both_sides(sample, parts, caller):
                 return original(*args, **kwargs)
-            halves = [take_half((args, kwargs), half, len(sample), self._shared) for half in (0, 1)]
-            output = self._negative(original, *halves[0])
-            args, kwargs = halves[1]
-            return join_halves(output, original(*args, **kwargs))
+            count = len(sample) // parts
+            first, second = (
+                take_half((args, kwargs), half, len(sample), self._shared, lists, first=count) for half in (0, 1)
+            )
+            if self.layout != "batched":
+                return join_halves(original(*first[0], **first[1]), self._negative(original, *second))
+            return join_halves(self._negative(original, *first), original(*second[0], **second[1]))
 
-    def _sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The noisy latents of a denoiser's call."""
+    def _sample(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | list[Tensor]:
+        """The noisy latents of a denoiser's call; of some denoisers a list with one tensor per sample."""
         return args[0] if args else kwargs[self._first_argument]
 
     def _negative(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._adapter.negative_side(self.alpha, self.beta):
             if self.second is None:
                 return original(*args, **kwargs)
-            self.second.to(self._sample(args, kwargs).device)
+            self.second.to(self._sample(args, kwargs)[0].device)
             if self.second.dtype != self.denoiser.dtype:
                 self.second.to(self.denoiser.dtype)
             try:
@@ -164,7 +173,7 @@ class NegativeGuidance:
 
     def _check_layout(self, caller: DiffusionPipeline) -> None:
         family = guided_family(caller)
-        if family is None or (family.guidance_layout == "batched") != self.batched:
+        if family is None or family.guidance_layout != self.layout:
             raise RuntimeError(
                 f"A {type(caller).__name__} shares the denoiser of a guided {type(self.pipeline).__name__}, and it is "
                 "not known to call the denoiser in the same way. Remove the guidance before using it, or load it with "
@@ -172,25 +181,51 @@ class NegativeGuidance:
             )
 
 
-def _calling_pipeline() -> DiffusionPipeline | None:
-    """The pipeline whose `__call__` is running in this thread; None where the denoiser is called directly."""
+def _calling_frame() -> FrameType | None:
+    """The frame of the pipeline's `__call__` in this thread; None where the denoiser is called directly."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"]
+            return frame
         frame = frame.f_back
     return None
 
 
-def _is_both_sides(sample: Tensor, caller: DiffusionPipeline | None) -> bool:
-    """Whether a call is on [negative; positive], which are the same latents twice.
+def _passes_the_negative_prompt(frame: FrameType | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a pipeline that names neither of its two calls passes the negative prompt in this one.
+
+    All pipelines of diffusers keep it in a variable `negative_prompt_embeds` of their `__call__`.
+
+    Raises:
+        ValueError: Both sides have the same embeddings, so that nothing tells them apart.
+    """
+    values = {} if frame is None else frame.f_locals
+    negative = values.get("negative_prompt_embeds")
+    if negative is None or not any(value is negative for value in (*args, *kwargs.values())):
+        return False
+    if not getattr(values["self"], "do_classifier_free_guidance", True):
+        return False
+    if negative is values.get("prompt_embeds"):
+        raise ValueError(
+            "prompt_embeds and negative_prompt_embeds are one tensor, and nothing else tells on which side of the "
+            "guidance this pipeline calls its denoiser. Pass negative_prompt_embeds=prompt_embeds.clone()."
+        )
+    return True
+
+
+def _is_both_sides(sample: Tensor | list[Tensor], parts: int, caller: DiffusionPipeline | None) -> bool:
+    """Whether a call is on both sides of the guidance: the same latents twice, or on two of three parts.
 
     Some pipelines do not say whether guidance is on, and some call once more on one side (Stable Diffusion 3 with
     skipped layers).
     """
-    if len(sample) % 2 or not getattr(caller, "do_classifier_free_guidance", True):
+    if len(sample) % parts or not getattr(caller, "do_classifier_free_guidance", True):
         return False
-    return torch.equal(*sample.chunk(2))
+    count = len(sample) // parts
+    first, second = sample[:count], sample[count : 2 * count]
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return all(map(torch.equal, first, second))
 
 
 def _checked(name: str, value: float) -> float:
@@ -230,8 +265,8 @@ def add_negative_guidance(
         beta: How much of the negative offset, 0 to 1; above 1 exaggerates it.
         base: theta, where the pipeline's denoiser was fully tuned and either alpha is not 1 or `negative` is no LoRA.
         batches_both_sides: For pipelines of unknown classes: whether one call of the denoiser gets [negative;
-            positive] (True), or each side has a call of its own, inside `cache_context("cond")` and
-            `cache_context("uncond")` (False).
+            positive] (True), or each side has a call of its own (False), inside `cache_context("cond")` and
+            `cache_context("uncond")`, or the negative one with the call's own variable `negative_prompt_embeds`.
 
     Returns:
         The active guidance, with `remove()`; its `alpha` and `beta` can be set.
@@ -243,8 +278,9 @@ def add_negative_guidance(
     """
     alpha, beta = _checked("alpha", alpha), _checked("beta", beta)
     denoiser = getattr(pipeline, denoiser_name(pipeline))
+    layout: GuidanceLayout = "batched" if batches_both_sides else "separate"
     if batches_both_sides is None:
-        batches_both_sides = _known_layout(pipeline) == "batched"
+        layout = _known_layout(pipeline)
     _check_guidable(pipeline, denoiser)
     theta, name = None, getattr(pipeline, "name_or_path", None) or "another one"
     if base is not None:
@@ -254,7 +290,7 @@ def add_negative_guidance(
             raise ValueError(f"base is a LoRA ({name}), and a whole denoiser is needed.")
     read = read_negative(negative, pipeline)
     _warn_of_another_base(theta or denoiser, name, read)
-    return NegativeGuidance(pipeline, read, theta, alpha, beta, batches_both_sides)
+    return NegativeGuidance(pipeline, read, theta, alpha, beta, layout)
 
 
 @contextmanager
@@ -288,7 +324,7 @@ def guidance_of(pipeline: DiffusionPipeline) -> NegativeGuidance | None:
     return vars(getattr(pipeline, denoiser_name(pipeline))).get(_MARK)
 
 
-def _known_layout(pipeline: DiffusionPipeline) -> Literal["batched", "separate"]:
+def _known_layout(pipeline: DiffusionPipeline) -> GuidanceLayout:
     family = guided_family(pipeline)
     if family is not None and family.guidance_layout is not None:
         return family.guidance_layout
@@ -298,7 +334,7 @@ def _known_layout(pipeline: DiffusionPipeline) -> Literal["batched", "separate"]
         f"It is not known how a {type(pipeline).__name__} calls its denoiser for guidance; known are "
         f"{', '.join(names)}. Look into its __call__ and pass batches_both_sides=True where one call gets [negative; "
         'positive] stacked, or False where each side has a call of its own within cache_context("cond") and '
-        'cache_context("uncond").'
+        'cache_context("uncond"), or the negative one with its variable negative_prompt_embeds.'
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.pair_options import PairReport
+from ..export.files import write_whole
 from .parts import BadRows, Duplicates, EncodedSize, Prompts, Samples
 from .report import bad_row_lines, duplicate_lines, encoded_lines, line, prompt_lines, sample_lines
 
@@ -68,12 +69,7 @@ class DatasetInspection:
         """
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
         if path is not None:
-            unfinished = Path(path).with_name(f"{Path(path).name}.unfinished")
-            try:
-                unfinished.write_text(text + "\n", encoding="utf-8")
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            write_whole(Path(path), f"{text}\n".encode())
         return text
 
     def __str__(self) -> str:

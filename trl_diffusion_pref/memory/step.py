@@ -148,7 +148,7 @@ class FakeStep:
             denoise=Denoiser(family, self.accelerator, sharded=False),
             _ref_model=None,
         )
-        trainer.layout = trainer.make_layout()
+        trainer.layout = trainer.make_layout().conditioned_on(family.condition_images)
         trainer.check_step(peft_config)
         trainer.setup_step()
         self.accelerator.prepare_model(self.model)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline
 
+from ..data.decode.image import decode_image
 from ..data.shards import key_of
 from ..evaluation.loading import loaded_pipeline
 from ..evaluation.model_record import model_record
@@ -119,6 +120,7 @@ class Candidates:
         blank: How many candidates are left out.
         modality: Of the pipelines.
         models: By name, what decides the samples, see `model_record`.
+        images: For each prompt what was edited, as a cell of a data set; None where samples come from text alone.
     """
 
     prompts: list[str]
@@ -127,6 +129,7 @@ class Candidates:
     blank: int
     modality: Modality
     models: dict[str, Any]
+    images: list[Any] | None = None
 
     @property
     def per_prompt(self) -> int:
@@ -140,9 +143,17 @@ class Candidates:
 
 
 def sample_candidates(
-    pipelines: Pipelines, prompts: Sequence[str], rewards: Mapping[str, Reward], output: Path, options: Sampling
+    pipelines: Pipelines,
+    prompts: Sequence[str],
+    rewards: Mapping[str, Reward],
+    output: Path,
+    options: Sampling,
+    images: list[Any] | None = None,
 ) -> Candidates:
     """Samples and scores, all processes their share; what is stored in `output` is not made again.
+
+    Args:
+        images: For each prompt what is to be edited, as a cell of a data set.
 
     Raises:
         ValueError, TypeError: What `sample`, `loaded_pipeline` and `score` refuse; pipelines of several modalities;
@@ -174,6 +185,7 @@ def sample_candidates(
             pipeline,
             [options.text(prompts[index], side) for index, side, _ in asked],
             [seeds[number][index] for index, _, number in asked],
+            images=None if images is None else [images[index] for index, _, _ in asked],
             batch_size=options.batch_size,
             output=output / "samples",
             exact=options.exact,
@@ -185,7 +197,7 @@ def sample_candidates(
             of[index].append(Candidate(file, name, seeds[number][index], side, key))
         del pipeline, samples
     assert modality is not None
-    return _scored(prompts, of, rewards, output, modality, models)
+    return _scored(prompts, of, rewards, output, modality, models, images)
 
 
 def _loaded(source: Pipeline, options: Sampling) -> DiffusionPipeline:
@@ -201,14 +213,17 @@ def _scored(
     output: Path,
     modality: Modality,
     models: dict[str, Any],
+    images: list[Any] | None,
 ) -> Candidates:
     """Looks at all candidates for blank ones and scores the others."""
     flat = [(prompt, candidate) for prompt, candidates in zip(prompts, of, strict=True) for candidate in candidates]
+    sources = [images[index] for index, candidates in enumerate(of) for _ in candidates] if images else []
     cache = ScoreCache(output / "scores", rewards, refuse_blank=True)
     cache.fill(
         [candidate.key for _, candidate in flat],
         [prompt for prompt, _ in flat],
         lambda position: read_sample(flat[position][1].file),
+        columns=(lambda position: {"image": decode_image(sources[position])}) if sources else None,
         at_once=_SCORED_AT_ONCE,
         describe=lambda position: (
             f"the sample of {flat[position][1].model} for prompt {flat[position][0]!r} with "
@@ -223,4 +238,5 @@ def _scored(
         blank=len(flat) - sum(map(len, kept)),
         modality=modality,
         models=models,
+        images=images,
     )

@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from accelerate import PartialState
 from datasets import Audio, Dataset, Features, Image, List, Value, load_from_disk
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
-from ..evaluation.sample_files import frame_files, remove_unfinished, write_whole
+from ..evaluation.sample_files import frame_files, remove_unfinished
+from ..export.files import unfinished_name, write_whole
 from ..families.base import Modality
 from ..version import __version__
 
@@ -113,7 +113,7 @@ def write_dataset(
     if state.is_main_process and not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder.parent)
-        unfinished = folder.with_name(f".{folder.name}.{uuid4().hex}.unfinished")
+        unfinished = unfinished_name(folder)
         try:
             made = Features({name: _as_made(feature) for name, feature in features.items()})
             columns = {name: [row[name] for row in rows] for name in features}

@@ -2,21 +2,23 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, Image
 
+from ..data.content import cell_key
+from ..data.decode.cell import read_cell
 from ..data.shards import key_of
 from ..rewards.scoring import Rewards, named_rewards
 from .candidates import Pipelines, Sampling, sample_candidates
 from .dataset import check_stored, load_stored, write_dataset
 from .pairing import Strategy, Temperature
-from .prompts import Prompts, read_prompts
+from .prompts import Prompts, read_edits, read_prompts
 from .reward_identity import reward_identity
 from .rows import Counts, Pairing, Ranking
 
@@ -57,7 +59,9 @@ def make_pairs(
     Args:
         pipelines: A pipeline, loaded or by its folder or Hub id, or several by the name that the columns show. The
             samples of all of them compete.
-        prompts: See `read_prompts`: a list, a file, or a data set with a column `prompt`.
+        prompts: See `read_prompts`: a list, a file, or a data set with a column `prompt`. For pipelines that edit
+            images, a data set that also has the column `image`: what is to be edited. Rewards get it as the column
+            `image`, and the pairs have it too.
         rewards: One, several, or several by name, see `rewards.score`. With several, samples are compared by their
             Bradley-Terry strengths, see `temperature`. None only with contrast prompts.
         output: Folder for `pairs/` (the data set, its options and card), `samples/` and `scores/`.
@@ -153,6 +157,11 @@ def make_rankings(
     return _make(Ranking(temperature), "rankings", pipelines, prompts, rewards, Path(output), sampling)
 
 
+def _keys_of(images: Sequence[Any] | None) -> list[bytes]:
+    """Of cells with images, by their content."""
+    return [cell_key(read_cell(image)) for image in images or ()]
+
+
 def _make(
     rule: Pairing | Ranking,
     kind: str,
@@ -163,18 +172,24 @@ def _make(
     sampling: Sampling,
 ) -> Dataset:
     """Samples, scores, and stores the rows that a rule makes of them."""
-    texts = read_prompts(prompts)
+    images: list[Any] | None = None
+    if isinstance(prompts, Dataset) and {"prompt", "image"} <= set(prompts.column_names):
+        if kind == "rankings":
+            raise ValueError("Rankings of edits cannot be read as pairs. Use make_pairs, or remove the column image.")
+        texts, images = read_edits(prompts)
+    else:
+        texts = read_prompts(prompts)
     named = {} if rewards is None else named_rewards(rewards)
     folder = output / kind
     record = {
-        "prompts": {"number": len(texts), "digest": key_of(texts).hex()},
+        "prompts": {"number": len(texts), "digest": key_of(texts, *_keys_of(images)).hex()},
         "rewards": {name: reward_identity(reward) for name, reward in named.items()},
         **sampling.record(),
         **rule.options,
     }
     # Before hours of sampling; the models are known after they were loaded.
     check_stored(folder, record)
-    candidates = sample_candidates(pipelines, texts, named, output, sampling)
+    candidates = sample_candidates(pipelines, texts, named, output, sampling, images)
     record["models"] = candidates.models
     # As the first process sees it: it may have begun to write when another one looks.
     if gather_object([folder.exists()])[0]:
@@ -188,6 +203,10 @@ def _make(
         raise ValueError(
             f"There are no {kind}: {counts}. Sample more per prompt, or other prompts, or lower min_score_difference."
         )
+    columns = dict(rule.columns(candidates.modality, list(named)))
+    features = rule.features(candidates.modality, list(named))
+    if images is not None:
+        features["image"], columns["image"] = Image(), "what was to be edited"
     card = {
         "kind": kind,
         "modality": candidates.modality,
@@ -199,6 +218,6 @@ def _make(
             **{name: value for name, value in record.items() if name not in ("models", "prompts", "rewards")},
             **({"temperature": candidates.temperatures(rule.temperature)} if named else {}),
         },
-        "columns": rule.columns(candidates.modality, list(named)),
+        "columns": columns,
     }
-    return write_dataset(folder, rows, rule.features(candidates.modality, list(named)), record, card)
+    return write_dataset(folder, rows, features, record, card)

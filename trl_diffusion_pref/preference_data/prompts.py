@@ -11,6 +11,10 @@ from typing import Any, TypeAlias
 
 from datasets import Dataset
 
+from ..data.content import cell_key
+from ..data.decode.cell import CellProblem, undecoded_feature
+from ..data.decode.image import decode_image
+
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,35 @@ def read_prompts(source: Prompts) -> list[str]:
     if not kept:
         raise ValueError(f"{label} has no prompts.")
     return [*kept]
+
+
+def read_edits(source: Dataset) -> tuple[list[str], list[Any]]:
+    """Prompts with the images that they say how to edit, each prompt once for each image.
+
+    Args:
+        source: Columns `prompt` and `image`.
+
+    Returns:
+        The prompts, and as many cells with images, not decoded.
+
+    Raises:
+        ValueError: As `read_prompts`; or an image that is missing or cannot be read; the message names the row.
+    """
+    undecoded = source.cast_column("image", undecoded_feature(source.features["image"]))
+    kept: dict[tuple[str, bytes], Any] = {}
+    for row, (prompt, image) in enumerate(zip(undecoded["prompt"], undecoded["image"], strict=True)):
+        (text,) = read_prompts([prompt]) if isinstance(prompt, str) and prompt.strip() else (None,)
+        if text is None:
+            raise ValueError(f"prompts, row {row}: {prompt!r} is empty or no text. Remove it, or fill it in.")
+        try:
+            kept.setdefault((text, cell_key(decode_image(image))), image)
+        except CellProblem as problem:
+            raise ValueError(f"prompts, row {row}, column 'image': {problem}.") from problem
+    if not kept:
+        raise ValueError("prompts has no rows.")
+    if left_out := len(undecoded) - len(kept):
+        logger.warning("prompts: %d rows; left out: %d whose prompt and image came before.", len(kept), left_out)
+    return [text for text, _ in kept], [*kept.values()]
 
 
 def _from_file(path: Path) -> Iterator[tuple[str, Any]]:

@@ -85,11 +85,13 @@ class Pairing:
     def rows(self, candidates: Candidates, counts: Counts) -> Iterator[dict[str, Any]]:
         """The pairs of all prompts."""
         temperatures = candidates.temperatures(self.temperature)
-        for prompt, of, scores in zip(candidates.prompts, candidates.of, candidates.scores, strict=True):
+        images = candidates.images or [None] * len(candidates.prompts)
+        everything = zip(candidates.prompts, candidates.of, candidates.scores, images, strict=True)
+        for prompt, of, scores, image in everything:
             combined = combined_scores(scores, temperatures) if scores and of else None
             choose = self._contrasting if self.contrast is not None else self._better_and_worse
             for pair in choose(of, combined, counts):
-                row: dict[str, Any] = {"prompt": prompt}
+                row: dict[str, Any] = {"prompt": prompt} | ({} if image is None else {"image": image})
                 for side, index in zip(("chosen", "rejected"), pair, strict=True):
                     sample = of[index]
                     row |= {side: cell(sample.file), f"{side}_model": sample.model, f"{side}_seed": sample.seed}

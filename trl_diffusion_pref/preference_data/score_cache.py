@@ -10,7 +10,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..data.shards import key_of
-from ..evaluation.sample_files import is_blank, write_whole
+from ..evaluation.sample_files import is_blank
+from ..export.files import write_whole
 from ..rewards.scoring import Reward, RewardError, score
 from .reward_identity import reward_identity
 
@@ -54,6 +55,7 @@ class ScoreCache:
         *,
         at_once: int,
         describe: Callable[[int], str],
+        columns: Callable[[int], Mapping[str, Any]] | None = None,
     ) -> None:
         """Scores all samples that have no scores yet, every process its share.
 
@@ -63,6 +65,7 @@ class ScoreCache:
             load: Reads a sample by its position.
             at_once: Samples in one call of the rewards.
             describe: How messages call a sample, by its position.
+            columns: What else the rewards get of a sample, by its position: the entries of columns.
 
         Raises:
             RewardError: A reward fails; the message names it and the sample. What was scored before is kept.
@@ -76,7 +79,7 @@ class ScoreCache:
         total = sum(map(len, own))
         with tqdm(total=total, desc="Scoring", unit=" samples", disable=not (state.is_main_process and total)) as bar:
             for part in own:
-                found += self._score(part, keys, prompts, load, describe)
+                found += self._score(part, keys, prompts, load, describe, columns)
                 bar.update(len(part))
         for name, scores in gather_object(found) if state.num_processes > 1 else found:
             (self.blank if name == "" else self.values[name]).update(scores)
@@ -96,6 +99,7 @@ class ScoreCache:
         prompts: Sequence[str],
         load: Callable[[int], Any],
         describe: Callable[[int], str],
+        columns: Callable[[int], Mapping[str, Any]] | None,
     ) -> list[tuple[str, dict[str, Any]]]:
         """The scores of some samples by name of the reward; "" for whether they are blank."""
         samples = {position: load(position) for position in part}
@@ -108,11 +112,14 @@ class ScoreCache:
             seen = [position for position in part if not blank[keys[position]]]
         for name, reward in self.rewards.items():
             positions = [position for position in seen if keys[position] not in self.values[name]]
+            entries = [columns(position) for position in positions] if columns is not None else []
+            others = {column: [entry[column] for entry in entries] for column in (entries[0] if entries else ())}
             try:
                 values = score(
                     {name: reward},
                     [prompts[position] for position in positions],
                     [samples[position] for position in positions],
+                    **others,
                 )[name]
             except RewardError as error:
                 if error.sample is None:

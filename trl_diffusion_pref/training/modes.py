@@ -18,17 +18,17 @@ class Modes:
     def __init__(self, args: DiffusionPreferenceConfig, encoder: DatasetEncoder) -> None:
         self.args, self.encoder = args, encoder
         self.sample_posterior = args.latent_sampling == "sample"
+        self.condition_dropout = encoder.family.condition_dropout
         self._positions = StepPositions()
 
     def training(self, rows: Tensor, step: int) -> Mode:
         """Of the next micro-batch `(B,)` of a step: other noise at every step, the same for every batch size."""
         seed, rank, dropout = self.args.seed, self.args.process_index, self.args.prompt_dropout
         keys = [(seed, TRAINING, rank, step, position) for position in self._positions.take(step, len(rows))]
-        return Mode(
-            True, keys, "train", dropout, self.sample_posterior, self.encoder.empty_prompt if dropout else None
-        )
+        empty_prompt = self.encoder.empty_prompt if dropout else None
+        return Mode(True, keys, "train", dropout, self.condition_dropout, self.sample_posterior, empty_prompt)
 
     def evaluation(self, rows: Tensor, dataset: str | None) -> Mode:
         """Of rows `(B,)`: noise by seed and row alone, so that two evaluations of the same weights agree."""
         keys = [(self.args.seed, EVALUATION, row) for row in rows.tolist()]
-        return Mode(False, keys, dataset, 0.0, self.sample_posterior)
+        return Mode(False, keys, dataset, sample_posterior=self.sample_posterior)

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from ..data import PAIRS
 from ..data.shards import key_of
 from ..evaluation.loading import loaded_pipeline
-from ..evaluation.sample_files import write_whole
 from ..evaluation.sampling import described_options
+from ..export.files import write_whole
 from ..export.weights import LORA_FILE
 from ..families import Family, family_for
 from ..preference_data import make_pairs, read_prompts

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
 from ..data.decode.audio import Waveform
-from ..evaluation.sample_files import Sample, png_bytes, read_sample, write_sample, write_whole
+from ..evaluation.sample_files import Sample, png_bytes, read_sample, write_sample
 from ..evaluation.sampling import sample, seeds_for
+from ..export.files import write_whole
 from .trainer import DiffusionTrainer
 
 
@@ -39,6 +40,7 @@ class SampleCallback(TrainerCallback):
         every: Steps between two times, at least 1.
         seed: The samples' seeds depend on it and on the prompts.
         batch_size: Samples in one call of the pipeline.
+        images: For pipelines that edit images: the image of each prompt, see `evaluation.sample`.
         **pipeline_kwargs: Arguments of the pipeline's call, such as `guidance_scale` or `num_inference_steps`.
 
     Raises:
@@ -59,6 +61,7 @@ class SampleCallback(TrainerCallback):
         every: int = 100,
         seed: int = 0,
         batch_size: int = 4,
+        images: Sequence[Any] | None = None,
         **pipeline_kwargs: Any,
     ) -> None:
         if not prompts or isinstance(prompts, str):
@@ -68,7 +71,7 @@ class SampleCallback(TrainerCallback):
         if trainer.shards_weights:
             raise ValueError("SampleCallback needs all weights in one process, which FSDP and DeepSpeed do not have.")
         self.trainer, self.prompts, self.every = trainer, list(prompts), every
-        self.batch_size, self.pipeline_kwargs = batch_size, pipeline_kwargs
+        self.batch_size, self.images, self.pipeline_kwargs = batch_size, images, pipeline_kwargs
         self.seeds = seeds_for(self.prompts, seed=seed)
         self._start: list[Sample] | None = None
         self._group: Any = None
@@ -94,6 +97,7 @@ class SampleCallback(TrainerCallback):
                         trainer.encoders.pipeline,
                         self.prompts,
                         self.seeds,
+                        images=self.images,
                         batch_size=self.batch_size,
                         all_processes=False,
                         exact=False,

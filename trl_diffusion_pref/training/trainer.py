@@ -97,7 +97,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         args.check_data(train_dataset, eval_dataset)
         check_token(args)
         self.family = pipelines.family_of(model, args.loading)
-        self.layout = self.make_layout()
+        self.layout = self.make_layout().conditioned_on(self.family.condition_images)
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
         *given, sources = loaders.rows_of(train_dataset, eval_dataset, self.layout, args)
         pipeline = pipelines.load_pipeline(model, args.loading)
