@@ -13,12 +13,14 @@ from trl_diffusion_pref.cli import UsageError, check, main
 from trl_diffusion_pref.cli.commands import commands
 
 
+FILE = ["--dataset_name", "pairs.jsonl"]
 RUN = ["--model_name_or_path", "shapes", "--dataset_name", "shapes:8"]
 
 
 @pytest.fixture
 def in_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "a.png", "rejected": "b.png"}\n')
     return tmp_path
 
 
@@ -129,6 +131,9 @@ def one_line(capsys, argv, *parts):
         (["mapo", *RUN, "--dataset_weights", "1", "2"], ["dataset_weights", "2 numbers for 1"]),
         (["mapo", *RUN, "--dataset_weights", "0"], ["dataset_weights", "0.0", "positive"]),
         (["mapo", "--model_name_or_path", "no/where", *RUN[2:]], ["no/where"]),
+        (["mapo", *RUN[:2], *FILE, "--eval_strategy", "epoch"], ["pairs.jsonl", "no splits", "--eval_dataset_name"]),
+        (["mapo", *RUN[:2], *FILE, "--dataset_train_split", "test"], ["pairs.jsonl", "no splits", "dataset_train"]),
+        (["mapo", *RUN, "--eval_dataset_name", "shapes:4"], ["eval_dataset_name", "--eval_strategy"]),
         (["encode", *RUN, "--trainer", "mappo"], ["'mappo'", "mapo"]),
         (
             [

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset, Value, concatenate_datasets, inte
 
 from ..data import PAIRS, Layout, load_encoded_dataset
 from ..data.encoded import EncodedDataset, is_encoded_dataset
-from ..data.load import load_pairs, read_source
+from ..data.load import has_splits, load_pairs, read_source
 from ..preference_data import read_prompts
 from ..shapes import preference_pairs
 from ..training.config import DiffusionPreferenceConfig
@@ -33,17 +33,31 @@ def training_data(
         ValueError: A data set that cannot be read, or lacks the split.
     """
     names, weights = options.dataset_name, options.dataset_weights
+    undivided = next((name for name in names if not _has_splits(name)), None)
+    if undivided is not None and options.dataset_train_split != "train":
+        raise UsageError(f"{undivided} has no splits, so dataset_train_split cannot choose one. Leave it out.")
+    evaluates = config.eval_strategy != "no" or config.eval_on_start
+    if options.eval_dataset_name and not evaluates:
+        raise UsageError("eval_dataset_name has no effect without evaluation. Add --eval_strategy steps.")
+    if evaluates and undivided is not None and not options.eval_dataset_name:
+        raise UsageError(
+            f"{undivided} has no splits, and would be trained on and evaluated on. Name other rows by "
+            "--eval_dataset_name, or leave out the evaluation."
+        )
     streaming, pairs = options.dataset_streaming, layout.samples == PAIRS.samples
     train = _mixture(names, weights, options.dataset_train_split, config, streaming=streaming, pairs=pairs)
-    evaluates = config.eval_strategy != "no" or config.eval_on_start
     if not evaluates:
-        if options.eval_dataset_name:
-            raise UsageError("eval_dataset_name has no effect without evaluation. Add --eval_strategy steps.")
         return train, None
-    names = options.eval_dataset_name or names
-    # A name of another data set says enough; its only split may be called "train".
-    split = options.dataset_test_split
-    return train, _mixture(names, None, split, config, streaming=False, pairs=pairs)
+    others = options.eval_dataset_name or names
+    return train, _mixture(others, None, options.dataset_test_split, config, streaming=False, pairs=pairs)
+
+
+def _has_splits(name: str) -> bool:
+    return _is_shapes(name) or (has_splits(name) and not is_encoded_dataset(name))
+
+
+def _is_shapes(name: str) -> bool:
+    return name.partition(":")[0] == "shapes" and not Path(name).exists()
 
 
 def _mixture(
@@ -85,7 +99,7 @@ def one_data_set(
     name: str, split: str, config: DiffusionPreferenceConfig, *, streaming: bool = False, pairs: bool = True
 ) -> AnyRows:
     """Rows as they are stored; trainers recognise their layout."""
-    if name.partition(":")[0] == "shapes" and not Path(name).exists():
+    if _is_shapes(name):
         return _shapes(name, split)
     if is_encoded_dataset(name):
         return load_encoded_dataset(name)

@@ -138,6 +138,16 @@ def read_source(
     return _Reader(label, split, streaming, column_map, any_columns).read(source), label
 
 
+def has_splits(source: Source) -> bool:
+    """Whether a path or a name on the Hub may have several splits; of others `load_pairs` reads all rows for any."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return not path.exists() and not glob.has_magic(str(path))
+    if (path / "state.json").exists() or any((path / name).is_file() for name in _METADATA):
+        return False
+    return pair_folders(path) is None
+
+
 class _Reader:
     """Reads one source as a data set in whatever layout it has."""
 
