@@ -112,7 +112,7 @@ def main() -> None:
         for name, gib in found.items():
             lines.append(f"| {name} | {' | '.join(what_fits(gib, card) for card in CARDS)} |")
         print("\n".join(lines[-40:]), flush=True)
-    (RESULTS / "memory_recipes.md").write_text("\n".join(lines) + "\n")
+        (RESULTS / "memory_recipes.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

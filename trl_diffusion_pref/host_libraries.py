@@ -1,10 +1,10 @@
 """What the host libraries print while they are imported, load and save pipelines; a name that differs by version."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -58,6 +58,27 @@ def quiet_loading() -> Iterator[None]:
             for module in shown:
                 module.enable_progress_bar()
             switch_downloads()
+
+
+def dtypes_of_torch(options: "Mapping[str, Any]") -> "dict[str, Any]":
+    """Arguments of `from_pretrained` whose dtypes may be text, as YAML and command lines have them.
+
+    Raises:
+        ValueError: A dtype that torch does not have; diffusers would take float32 for it.
+    """
+    import torch
+
+    options = dict(options)
+    for name in ("dtype", "torch_dtype"):
+        given = options.get(name)
+        if isinstance(given, str):
+            options[name] = getattr(torch, given.removeprefix("torch."), None)
+            if not isinstance(options[name], torch.dtype):
+                raise ValueError(
+                    f"model_init_kwargs: {name}={given!r} is no dtype of torch. Take 'float32', 'bfloat16' or "
+                    "'float16'."
+                )
+    return options
 
 
 def dtype_option(dtype: "torch.dtype") -> "dict[str, torch.dtype]":

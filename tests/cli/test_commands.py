@@ -9,7 +9,7 @@ from datasets import load_from_disk
 from helpers.pipelines import build_tiny_pipeline
 
 from trl_diffusion_pref import MaPOConfig, encode_dataset, load_pairs
-from trl_diffusion_pref.cli import main
+from trl_diffusion_pref.cli import UsageError, main
 from trl_diffusion_pref.shapes import preference_pairs
 
 
@@ -72,6 +72,9 @@ def test_pairs_are_made_scored_and_compared_from_files_alone(model, prompts, tmp
     assert scored["chosen_score"] == pytest.approx(redness([], scored["chosen"]), abs=1e-9)
     difference = np.subtract(scored["chosen_score"], scored["rejected_score"])
     assert scored["soft_label"] == pytest.approx(1 / (1 + np.exp(-difference / 10)), abs=1e-6)
+
+    with pytest.raises(UsageError, match="exists already"):
+        main(["--debug", "score", folder, *REDNESS, "--output", str(tmp_path / "made")])
 
     capsys.readouterr()
     compared = ["--tuned", f"same={model}", "--output", str(tmp_path / "report"), "--samples_per_prompt", "1"]

@@ -7,10 +7,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from accelerate import PartialState
 
-from trl_diffusion_pref import TRAINERS
-from trl_diffusion_pref.cli import UsageError, check, main
+from trl_diffusion_pref import TRAINERS, SelfNPOConfig
+from trl_diffusion_pref.cli import UsageError, check, launch, main, sampling_commands
 from trl_diffusion_pref.cli.commands import commands
+from trl_diffusion_pref.cli.run_options import LaunchOptions
 
 
 FILE = ["--dataset_name", "pairs.jsonl"]
@@ -126,6 +128,9 @@ def one_line(capsys, argv, *parts):
         (["mapo", *RUN, "--accelerate_config", "fsdp"], ["'fsdp'", "fsdp2"]),
         (["mapo", *RUN, "stray"], ["'shapes:8'", "shapes:512"]),
         (["mapo", "stray", *RUN], ["'stray'", "--"]),
+        (["mapo", *RUN, "--seed", "1", "--seed=2"], ["--seed", "twice"]),
+        (["mapo", *RUN, "--model_init_kwargs", '{"a":x}'], ["--model_init_kwargs", "no JSON"]),
+        (["mapo", *RUN, "--num_processes", "0", "--accelerate_config", "single_gpu"], ["num_processes=0"]),
         (["mapo", *RUN[:2], "--dataset_name", "no/where.jsonl"], ["no/where.jsonl"]),
         (["mapo", *RUN, "--dataset_train_split", "tst"], ["shapes:8", "train and test", "'tst'"]),
         (["mapo", *RUN, "--dataset_weights", "1", "2"], ["dataset_weights", "2 numbers for 1"]),
@@ -182,11 +187,56 @@ def test_what_cannot_be_used_is_one_line_with_status_2(argv, parts, capsys, in_f
         ("loss_type: dpo", ["run.yaml", "loss_type", "'dpo'", "mapo_v2"]),
         ("- a\n- b", ["run.yaml", "list"]),
         ("a: [", ["run.yaml", "YAML"]),
-        ("env: 3", ["run.yaml", "env"]),
+        ("env: {A: 1}", ["run.yaml", "'env'"]),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(content, parts, capsys, in_folder):
     one_line(capsys, ["mapo", *RUN, "--config", written(in_folder, content)], *parts)
+
+
+def test_a_plain_no_in_yaml_is_the_choice_no(in_folder):
+    assert check(["mapo", *RUN, "--config", written(in_folder, "save_strategy: no")]).options[-1].save_strategy == "no"
+
+
+def test_the_trainer_of_a_file_decides_about_the_options(in_folder, capsys):
+    file = written(in_folder, "trainer: self-npo\nsolver_steps: 4\ntruncated_steps: 2\nuse_peft: true\nlora_r: 4")
+    for command, more in (("encode", RUN), ("estimate-memory", RUN[:2])):
+        parsed = check([command, *more, "--config", file])
+        assert isinstance(parsed.options[-1], SelfNPOConfig) and parsed.options[-1].solver_steps == 4
+    one_line(capsys, ["encode", *RUN, "--config", written(in_folder, "trainer: mappo")], "'mappo'", "self-npo")
+
+
+def test_launching_follows_the_run_s_precision_and_the_user_s_file(in_folder, monkeypatch):
+    """A file that comes with the package has no precision of its own; one of the user's is taken as it is."""
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert launch.launch(LaunchOptions(accelerate_config="single_gpu"), "mapo", ["--seed", "1"], "no") == 0
+    (in_folder / "accelerate_configs").mkdir()
+    own = in_folder / "accelerate_configs" / "mine.yaml"
+    own.write_text("compute_environment: LOCAL_MACHINE\nnum_processes: 8\nmixed_precision: fp16\n")
+    assert launch.launch(LaunchOptions(accelerate_config=str(own)), "mapo", [], "no") == 0
+    shipped, mine = launched
+    assert (shipped.mixed_precision, shipped.num_processes) == ("no", 1)
+    assert (
+        shipped.training_script_args == ["mapo", "--seed", "1"] and "trl_diffusion_pref.cli" in shipped.training_script
+    )
+    assert mine.num_processes is None and mine.mixed_precision is None and mine.config_file == str(own)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UsageError, match="torchrun or accelerate"):
+        launch.launch(LaunchOptions(accelerate_config="single_gpu"), "mapo", [], "no")
+
+
+def test_a_folder_s_name_may_have_an_equals_sign(in_folder):
+    (in_folder / "lr=1e-4").mkdir()
+    named = sampling_commands._named_models(["lr=1e-4", "runs/lr=2/dpo", "mine=runs/lr=3", "me/model"])
+    assert named == {"lr=1e-4": "lr=1e-4", "dpo": "runs/lr=2/dpo", "mine": "runs/lr=3", "model": "me/model"}
+
+
+def test_held_out_rows_are_read_without_choosing_a_device(in_folder):
+    """A config that asked for the CPU would move everything after it there."""
+    PartialState._reset_state()
+    sampling_commands.RowsOptions(dataset_name="shapes:4").read()
+    assert not PartialState._shared_state.get("_cpu")
 
 
 def test_debug_shows_the_traceback():

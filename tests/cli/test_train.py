@@ -14,7 +14,7 @@ from helpers.examples import run_example
 from safetensors.torch import load_file
 
 from trl_diffusion_pref import shapes
-from trl_diffusion_pref.cli import demo, main
+from trl_diffusion_pref.cli import UsageError, demo, main
 from trl_diffusion_pref.shapes import draw, random_scene
 
 
@@ -52,7 +52,8 @@ def test_run_yaml_gives_the_same_weights_again(command, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     words = ["--model_name_or_path", "shapes", "--dataset_name", "shapes:8", "--output_dir", str(first), *QUICK]
     words += ["--per_device_train_batch_size", "4", "--use_peft", "--lora_r", "2", "--seed", "5"]
-    words += ["--hub_token", "hf_secret"] + ["--solver_steps", "4", "--truncated_steps", "2"] * (command == "self-npo")
+    words += ["--model_init_kwargs", '{"token": "hf_secret", "variant": null}', "--hub_token", "hf_secret"]
+    words += ["--solver_steps", "4", "--truncated_steps", "2"] * (command == "self-npo")
     assert main([command, *words]) == 0
     text = (first / "run.yaml").read_text()
     assert "hf_secret" not in text and command in text.splitlines()[0]
@@ -101,6 +102,35 @@ def test_two_data_sets_are_mixed_by_their_weights(tmp_path):
     streamed = DataOptions(dataset_name=[names[1], names[1]], dataset_weights=[1, 1], dataset_streaming=True)
     rows, _ = training_data(streamed, config)
     assert next(iter(rows))["soft_label"] == 0.75
+
+
+def test_a_mixture_keeps_what_its_parts_say(tmp_path):
+    """A column of soft labels, options of pairs, and one map of columns for training and evaluation."""
+    from trl_diffusion_pref import DiffusionDPOConfig
+    from trl_diffusion_pref.cli.data_sets import training_data
+    from trl_diffusion_pref.cli.run_options import DataOptions
+
+    for name in "abc":
+        renamed = shapes.preference_pairs(4, seed=ord(name)).rename_columns({"chosen": "good", "rejected": "bad"})
+        renamed.add_column("agreement", [0.5 + ord(name) / 400] * 4).save_to_disk(str(tmp_path / name))
+    options = DataOptions(
+        dataset_name=[str(tmp_path / "a"), str(tmp_path / "b")], eval_dataset_name=[str(tmp_path / "c")]
+    )
+    config = DiffusionDPOConfig(
+        output_dir=str(tmp_path),
+        loss_type="irepo",
+        soft_label_column="agreement",
+        column_map={"chosen": "good", "rejected": "bad"},
+        eval_strategy="epoch",
+        use_cpu=True,
+    )
+    train, evaluation = training_data(options, config)
+    assert train["agreement"] == [0.5 + ord("a") / 400] * 4 + [0.5 + ord("b") / 400] * 4
+    assert {"prompt", "chosen", "rejected", "agreement"} <= set(evaluation.column_names) and len(evaluation) == 4
+    shapes.preference_pairs(4).rename_columns({"chosen": "good", "rejected": "bad"}).save_to_disk(str(tmp_path / "d"))
+    options.dataset_name[1], config.column_map = str(tmp_path / "d"), {"chosen": "good", "rejected": "bad"}
+    with pytest.raises(UsageError, match="d has no column 'agreement'"):
+        training_data(options, config)
 
 
 @pytest.mark.parametrize("start", ["accelerate_config", pytest.param("torchrun", marks=pytest.mark.slow)])

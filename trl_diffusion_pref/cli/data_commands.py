@@ -1,10 +1,14 @@
 """Commands about data, models and files: encode, inspect, estimate-memory, export, push."""
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
+from accelerate import PartialState
 
 from ..algorithms import TRAINERS
 from ..data.encoded import EncodedDataset
@@ -19,7 +23,7 @@ from .command import Command
 from .data_sets import training_data
 from .functions import arguments_from, as_mapping, options_of
 from .parser import Parsed, UsageError
-from .run_options import DataOptions, LoraOptions, ModelOptions, model_named
+from .run_options import DataOptions, LaunchOptions, LoraOptions, ModelOptions, model_named
 
 
 @documented
@@ -33,6 +37,10 @@ class TrainerOptions:
     """
 
     trainer: str = "mapo"
+
+    def __post_init__(self) -> None:
+        if self.trainer not in TRAINERS:
+            raise UsageError(f"trainer {self.trainer!r} is none of {', '.join(TRAINERS)}.")
 
 
 # ---- encode --------------------------------------------------------------------------------------------------------
@@ -60,7 +68,8 @@ def _run_encode(parsed: Parsed, words: Sequence[str]) -> int:
     encoded = encode_dataset(model.model, rows, config, output=target.output)
     left_out = sum(encoded.left_out.values())
     where = target.output or config.dataset_cache or "the cache"
-    print(f"{len(encoded):,} rows encoded, {left_out:,} left out, in {where}")
+    if PartialState().is_main_process:
+        print(f"{len(encoded):,} rows encoded, {left_out:,} left out, in {where}")
     return 0
 
 
@@ -187,10 +196,8 @@ class _OfTrainer(Command):
     """A command that has the options of the trainer which `--trainer` names."""
 
     def parse(self, words: Sequence[str]) -> Parsed:
-        return Command(self.name, self.summary, self._kinds(words), self.run).parse(words)
-
-    def _kinds(self, words: Sequence[str]) -> list[type]:
-        return [config_of(words) if kind is DiffusionPreferenceConfig else kind for kind in self.kinds]
+        config = config_of(words)
+        return self.parser([config if kind is DiffusionPreferenceConfig else kind for kind in self.kinds]).read(words)
 
 
 def config_of(words: Sequence[str]) -> type[DiffusionPreferenceConfig]:
@@ -199,13 +206,22 @@ def config_of(words: Sequence[str]) -> type[DiffusionPreferenceConfig]:
     Raises:
         UsageError: There is no such trainer.
     """
-    name = next((word.partition("=")[2] for word in words if word.startswith("--trainer=")), None)
-    if name is None and "--trainer" in words[:-1]:
-        name = words[list(words).index("--trainer") + 1]
-    if name is not None and name not in TRAINERS:
-        raise UsageError(f"--trainer {name!r} is none of {', '.join(TRAINERS)}.")
-    return TRAINERS[name or TrainerOptions.trainer][0]
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--trainer", nargs="?")
+    first.add_argument("--config", nargs="?")
+    given, _ = first.parse_known_args(list(words))
+    name = given.trainer
+    if name is None and given.config and Path(given.config).is_file():
+        try:
+            document = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            document = None  # which the command's own parser explains
+        name = document.get("trainer") if isinstance(document, dict) else None
+    return TRAINERS[TrainerOptions(trainer=name or TrainerOptions.trainer).trainer][0]
 
+
+# A training run's file may be given to the commands before it.
+_OF_TRAINING = [field.name for kind in (DataOptions, LoraOptions, LaunchOptions) for field in fields(kind)]
 
 DATA_COMMANDS = [
     _OfTrainer(
@@ -213,6 +229,7 @@ DATA_COMMANDS = [
         "encodes a data set once, for later runs or another machine",
         [TrainerOptions, ModelOptions, DataOptions, EncodeOptions, DiffusionPreferenceConfig],
         _run_encode,
+        unused=_OF_TRAINING,
     ),
     Command(
         "inspect",
@@ -220,12 +237,14 @@ DATA_COMMANDS = [
         [_INSPECT, InspectOutput],
         _run_inspect,
         positional=("source",),
+        rest=True,
     ),
     _OfTrainer(
         "estimate-memory",
         "says what training will need, without loading weights",
         [TrainerOptions, ModelOptions, LoraOptions, DeviceOptions, DiffusionPreferenceConfig],
         _run_estimate,
+        unused=_OF_TRAINING,
     ),
     Command(
         "export",

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Image, IterableDataset, Value, concatenate_datasets, interleave_datasets
 
 from ..data import PAIRS, Layout, load_encoded_dataset
 from ..data.encoded import EncodedDataset, is_encoded_dataset
-from ..data.load import has_splits, load_pairs, read_source
+from ..data.load import has_splits, read_source
+from ..data.pairs import as_pairs
 from ..preference_data import read_prompts
 from ..shapes import preference_pairs
 from ..training.config import DiffusionPreferenceConfig
@@ -44,12 +46,17 @@ def training_data(
             f"{undivided} has no splits, and would be trained on and evaluated on. Name other rows by "
             "--eval_dataset_name, or leave out the evaluation."
         )
-    streaming, pairs = options.dataset_streaming, layout.samples == PAIRS.samples
-    train = _mixture(names, weights, options.dataset_train_split, config, streaming=streaming, pairs=pairs)
-    if not evaluates:
-        return train, None
-    others = options.eval_dataset_name or names
-    return train, _mixture(others, None, options.dataset_test_split, config, streaming=False, pairs=pairs)
+    pairs = layout.samples == PAIRS.samples
+    others = (options.eval_dataset_name or names) if evaluates else []
+    # Mixed rows are converted to pairs here, and then all are: the trainer has one set of options for both.
+    mixed = pairs and max(len(names), len(others)) > 1
+    mixture = _Mixture(config, mixed, pairs)
+    train = mixture.read(names, weights, options.dataset_train_split, streaming=options.dataset_streaming)
+    evaluation = mixture.read(others, None, options.dataset_test_split, streaming=False) if evaluates else None
+    if mixed:
+        # They were applied, and the rows have our names of columns.
+        config.column_map, config.min_score_difference = None, 0.0
+    return train, evaluation
 
 
 def _has_splits(name: str) -> bool:
@@ -60,43 +67,80 @@ def _is_shapes(name: str) -> bool:
     return name.partition(":")[0] == "shapes" and not Path(name).exists()
 
 
-def _mixture(
-    names: Sequence[str],
-    weights: Sequence[float] | None,
-    split: str,
-    config: DiffusionPreferenceConfig,
-    *,
-    streaming: bool,
-    pairs: bool,
-) -> AnyRows:
-    if weights is not None:
-        if len(weights) != len(names):
-            raise UsageError(
-                f"dataset_weights has {len(weights)} numbers for {len(names)} data sets; give one for each."
-            )
-        wrong = next((weight for weight in weights if not (math.isfinite(weight) and weight > 0)), None)
-        if wrong is not None:
-            raise UsageError(f"dataset_weights has {wrong}; weights must be positive and finite.")
-    if len(names) == 1:
-        return one_data_set(names[0], split, config, streaming=streaming, pairs=pairs)
-    parts: list[Any] = []
-    for name in names:
-        rows = one_data_set(name, split, config, streaming=streaming, pairs=pairs)
-        if isinstance(rows, EncodedDataset):
-            raise UsageError(f"{name} is encoded already, and cannot be mixed with others. Encode the mixture.")
-        parts.append(load_pairs(rows, split=split, **_pair_options(config)) if pairs else rows)
-    if pairs:
-        parts = _with_equal_columns(parts)
-        # The parts have our names of columns now.
-        config.column_map = None
+class _Mixture:
+    """Reads one or several data sets as one.
+
+    Args:
+        convert: Whether rows become pairs with our names of columns.
+        pairs: Whether rows are pairs, and not prompts.
+    """
+
+    def __init__(self, config: DiffusionPreferenceConfig, convert: bool, pairs: bool) -> None:
+        self.config, self.convert, self.pairs = config, convert, pairs
+        self.column_map = config.column_map if isinstance(config.column_map, dict) else None
+        # The trainer exchanges the labels of all rows together.
+        self.pair_options = replace(config.pair_options(), label_noise=0.0)
+
+    def read(self, names: Sequence[str], weights: Sequence[float] | None, split: str, *, streaming: bool) -> AnyRows:
+        """The rows of all, one after the other or drawn with the weights as probabilities.
+
+        Raises:
+            UsageError: Weights, or data sets that do not fit together.
+        """
+        _check_weights(names, weights)
+        parts: list[Any] = []
+        for name in names:
+            rows = one_data_set(name, split, self.column_map, streaming=streaming, pairs=self.pairs)
+            if isinstance(rows, EncodedDataset) and len(names) > 1:
+                raise UsageError(f"{name} is encoded already, and cannot be mixed with others. Encode the mixture.")
+            converted = self.convert and not isinstance(rows, EncodedDataset)
+            parts.append(as_pairs(rows, name, self.pair_options) if converted else rows)
+        if len(parts) == 1:
+            return parts[0]
+        if any(isinstance(part, IterableDataset) for part in parts):
+            parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
+        parts = (
+            self._with_equal_columns(names, parts) if self.pairs else [part.select_columns("prompt") for part in parts]
+        )
+        if weights is None:
+            return concatenate_datasets(parts)
+        shares = [weight / sum(weights) for weight in weights]
+        how = "first_exhausted"
+        return interleave_datasets(parts, probabilities=shares, seed=self.config.seed, stopping_strategy=how)
+
+    def _with_equal_columns(self, names: Sequence[str], parts: list[Any]) -> list[Any]:
+        """The columns that all have. Where some have soft labels, the others' are certain."""
+        for wanted in ("image", getattr(self.config, "soft_label_column", "soft_label")):
+            lacking = [name for name, part in zip(names, parts, strict=True) if wanted not in part.column_names]
+            # What `as_pairs` makes of votes may be missing where there are none.
+            if lacking and len(lacking) < len(parts) and wanted != "soft_label":
+                raise UsageError(f"{lacking[0]} has no column {wanted!r}, which other data sets of the mixture have.")
+        soft = [part for part in parts if "soft_label" in part.column_names]
+        for number, part in enumerate(parts):
+            if soft and "soft_label" not in part.column_names:
+                feature = soft[0].features["soft_label"] if soft[0].features else Value("float32")
+                parts[number] = part.map(lambda _: {"soft_label": 1.0}).cast_column("soft_label", feature)
+        common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        parts = [part.select_columns(common) for part in parts]
+        for column in common:
+            # Some have images, others paths.
+            if any(isinstance((part.features or {}).get(column), Image) for part in parts):
+                parts = [part.cast_column(column, Image()) for part in parts]
+        return parts
+
+
+def _check_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
     if weights is None:
-        return concatenate_datasets(parts)
-    shares = [weight / sum(weights) for weight in weights]
-    return interleave_datasets(parts, probabilities=shares, seed=config.seed, stopping_strategy="first_exhausted")
+        return
+    if len(weights) != len(names):
+        raise UsageError(f"dataset_weights has {len(weights)} numbers for {len(names)} data sets; give one for each.")
+    wrong = next((weight for weight in weights if not (math.isfinite(weight) and weight > 0)), None)
+    if wrong is not None:
+        raise UsageError(f"dataset_weights has {wrong}; weights must be positive and finite.")
 
 
 def one_data_set(
-    name: str, split: str, config: DiffusionPreferenceConfig, *, streaming: bool = False, pairs: bool = True
+    name: str, split: str, column_map: dict[str, str] | None, *, streaming: bool = False, pairs: bool = True
 ) -> AnyRows:
     """Rows as they are stored; trainers recognise their layout."""
     if _is_shapes(name):
@@ -105,7 +149,6 @@ def one_data_set(
         return load_encoded_dataset(name)
     if not pairs and Path(name).suffix == ".txt":
         return Dataset.from_dict({"prompt": read_prompts(name)})
-    column_map = config.column_map if isinstance(config.column_map, dict) else None
     rows, _ = read_source(name, split=split, streaming=streaming, column_map=column_map, any_columns=not pairs)
     return rows
 
@@ -118,23 +161,3 @@ def _shapes(name: str, split: str) -> Dataset:
     if split not in seeds:
         raise UsageError(f"{name} has the splits train and test, not {split!r}.")
     return preference_pairs(int(count), seed=seeds[split])
-
-
-def _pair_options(config: DiffusionPreferenceConfig) -> dict[str, Any]:
-    # Not label_noise: the trainer exchanges the labels of all rows together.
-    names = ("column_map", "ranking_pairs", "min_score_difference", "ties")
-    return {name: getattr(config, name) for name in names}
-
-
-def _with_equal_columns(parts: list[Any]) -> list[Any]:
-    """Pairs of which some have soft labels: the others' are certain."""
-    soft = [part for part in parts if "soft_label" in part.column_names]
-    names = {name for part in parts for name in part.column_names}
-    equal = []
-    for part in parts:
-        if soft and "soft_label" not in part.column_names:
-            feature = soft[0].features["soft_label"] if soft[0].features else Value("float32")
-            part = part.map(lambda _: {"soft_label": 1.0}).cast_column("soft_label", feature)
-        common = [name for name in ("prompt", "chosen", "rejected", "soft_label") if name in names]
-        equal.append(part.select_columns(common))
-    return equal

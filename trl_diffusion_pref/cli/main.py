@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..host_libraries import quiet_imports
 from ..version import __version__
@@ -21,13 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
     name = words[0] if words and not words[0].startswith("-") else ""
     try:
-        return _run(words)
+        return _run(words, debug)
     # What a user can mend; with --debug it is shown with its traceback.
     except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
-        if debug or _comes_from_training(error):
+        training = _comes_from_training(error)
+        if debug or (training and not _raised_here(error)):
             raise
         print(f"{PROGRAM}{' ' * bool(name)}{name}: {_told(error)}", file=sys.stderr)
-        return 2
+        return 1 if training else 2
     except (ArithmeticError, RuntimeError) as error:
         # These say what to do; others are defects, whose traceback is needed.
         if debug or type(error).__name__ not in ("DivergenceError", "NonFiniteLossError", "PushError"):
@@ -58,7 +60,7 @@ def check(argv: Sequence[str]) -> Parsed | None:
     return _command(words[0]).parse(words[1:])
 
 
-def _run(words: list[str]) -> int:
+def _run(words: list[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_help())
         return 0 if words else 2
@@ -66,7 +68,8 @@ def _run(words: list[str]) -> int:
         print(f"{PROGRAM} {__version__}")
         return 0
     command = _command(words[0])
-    return command.run(command.parse(words[1:]), words[1:])
+    # Processes that it starts get the same words.
+    return command.run(command.parse(words[1:]), [*words[1:], *["--debug"] * debug])
 
 
 def _command(name: str) -> Command:
@@ -113,6 +116,14 @@ def _comes_from_training(error: BaseException) -> bool:
             return True
         trace = trace.tb_next
     return False
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether this package raised it: then its message is for the user, also from within the loop."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
 
 
 def _told(error: BaseException) -> str:

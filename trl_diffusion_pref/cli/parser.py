@@ -7,11 +7,11 @@ refused with the nearest name, values of YAML are checked as flags are, and the 
 import argparse
 import difflib
 import inspect
-import os
+import json
 import re
 import shutil
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -51,9 +51,10 @@ class OptionParser(TrlParser):
         command: Its name.
         kinds: Dataclasses whose fields are the options. Headings of their docstrings ("> subject") group the help.
         description: For the help.
+        unused: Options that the file may have for other commands, and that this one does not read.
     """
 
-    def __init__(self, command: str, kinds: Sequence[type], description: str) -> None:
+    def __init__(self, command: str, kinds: Sequence[type], description: str, unused: Collection[str] = ()) -> None:
         super().__init__(
             list(kinds),  # type: ignore[arg-type]  # dataclasses
             prog=f"{PROGRAM} {command}",
@@ -62,7 +63,7 @@ class OptionParser(TrlParser):
             formatter_class=_Manual,
             allow_abbrev=False,
         )
-        self.kinds = list(kinds)
+        self.kinds, self.unused = list(kinds), set(unused)
         help_of_config = "YAML file with options by their names; flags win over it"
         self.add_argument("--config", metavar="FILE", help=help_of_config)
         for action in self._actions:
@@ -106,13 +107,30 @@ class OptionParser(TrlParser):
     def _from_flags(self, words: Sequence[str]) -> dict[str, Any]:
         # argparse fills in defaults only where an attribute is missing.
         namespace = Namespace(**dict.fromkeys(self._named, _UNSET))
+        spelled = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
+        names = [action.dest for action in spelled if action is not None and action.dest != "help"]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--{twice} is given twice. Give it once; a list has its values behind one --{twice}.")
         _, unknown = self.parse_known_args(list(words), namespace)
         for word in unknown:
             if not word.startswith("-"):
                 raise UsageError(f"{word!r} is not an option's value here; options begin with --.")
             name = word.partition("=")[0]
             raise UsageError(f"There is no option {name}.{self._nearest(name.lstrip('-'), '--')}")
-        return {name: value for name, value in vars(namespace).items() if value is not _UNSET and name != "help"}
+        given = {name: value for name, value in vars(namespace).items() if value is not _UNSET and name != "help"}
+        for name, value in given.items():
+            self._check_json(f"--{name}", name, value)
+        return given
+
+    def _check_json(self, where: str, name: str, value: Any) -> None:
+        """Of a text that is to become a mapping; the libraries' own messages do not name the option."""
+        takes_mapping = any(getattr(kind, "__origin__", kind) is dict for kind in self._kinds_of(name))
+        if takes_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{where}: {value!r} is no JSON ({error}).") from error
 
     def _from_file(self, path: Path) -> dict[str, Any]:
         try:
@@ -127,22 +145,15 @@ class OptionParser(TrlParser):
             return {}
         if not isinstance(document, dict):
             raise UsageError(f"{path} holds a {type(document).__name__}; it must hold options as 'name: value'.")
-        # As TRL's files have it: variables for the libraries that are used.
-        for name, value in self._mapping(path, "env", document.pop("env", {})).items():
-            os.environ[str(name)] = str(value)
         values = {}
         for key, value in document.items():
             name = str(key).replace("-", "_")
+            if name in self.unused and name not in self._named:
+                continue
             if name not in self._named or name in ("help", "config"):
                 raise UsageError(f"{path}: there is no option {key!r}.{self._nearest(name)}")
             values[name] = self._value(path, name, value)
         return values
-
-    @staticmethod
-    def _mapping(path: Path, name: str, value: Any) -> Mapping[str, Any]:
-        if not isinstance(value, dict):
-            raise UsageError(f"{path}: {name} must hold 'NAME: value' lines, not {value!r}.")
-        return value
 
     def _value(self, path: Path, name: str, value: Any) -> Any:
         """A value of the file, as a flag's would be read."""
@@ -151,6 +162,9 @@ class OptionParser(TrlParser):
             if type(None) in kinds or action.default is None:
                 return None
             raise UsageError(f"{path}: {name} is empty; give it a value, or remove the line.")
+        if value is False and "no" in (action.choices or ()):
+            # What YAML makes of a plain no.
+            return self._word(path, name, "no")
         if isinstance(value, bool) and (bool in kinds or str not in kinds):
             if bool in kinds:
                 return value
@@ -166,6 +180,7 @@ class OptionParser(TrlParser):
                 return value
             raise UsageError(f"{path}: {name} takes one {_kind_name(action)}, not a list.")
         word = str(value).lower() if isinstance(value, bool) else str(value)
+        self._check_json(f"{path}: {name}", name, word)
         read = self._word(path, name, word)
         return [read] if action.nargs == "+" else read
 

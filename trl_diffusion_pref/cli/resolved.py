@@ -94,10 +94,17 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """What YAML knows of a value: enumerations by their values."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
     return getattr(value, "value", value)
 
 
 def _without_secrets(value: Any) -> Any:
+    """The value without tokens in it, at any depth; JSON, as flags have mappings, becomes a mapping."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = json.loads(value)
     if isinstance(value, dict):
-        return {key: entry for key, entry in value.items() if key not in _SECRET_KEYS}
-    return value
+        return {key: _without_secrets(entry) for key, entry in value.items() if key not in _SECRET_KEYS}
+    return [_without_secrets(entry) for entry in value] if isinstance(value, list) else value

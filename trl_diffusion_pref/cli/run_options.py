@@ -74,7 +74,8 @@ class LoraOptions:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            # PEFT has a word for all, which is no layer's name.
+            target_modules="all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules,
             init_lora_weights=True if self.lora_init == "default" else "gaussian",
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
@@ -135,6 +136,8 @@ class LaunchOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise UsageError(f"num_processes={self.num_processes}: at least one is needed.")
         if self.num_processes is not None and self.accelerate_config is None:
             raise UsageError(
                 "num_processes has no effect without accelerate_config. Add --accelerate_config multi_gpu."

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 
@@ -14,7 +15,6 @@ from ..evaluation.loading import loaded_pipeline
 from ..export.files import write_whole
 from ..guidance.tuned import with_tuned_weights
 from ..preference_data import make_pairs, make_rankings, push_dataset, read_prompts, relabel
-from ..training.config import DiffusionPreferenceConfig
 from ..training.documented import documented
 from .command import Command
 from .data_sets import one_data_set
@@ -83,12 +83,24 @@ class RewardOptions:
         return self.named() or []
 
 
+# Where the functions take more than a flag can have.
+_PLAIN_HELPS = {
+    "prompts": "A file of prompts: .txt with one on each line, .csv, .json or .jsonl with a column `prompt`.",
+    "temperature": "Divides differences of scores before the sigmoid. Default: each reward's standard deviation "
+    "within prompts, so that all rewards count alike.",
+    "model_init_kwargs": 'Arguments of `from_pretrained` as JSON: {"dtype": "bfloat16"}; float32 is the default.',
+}
+
+
 def _named_models(words: Sequence[str]) -> dict[str, str]:
     """Models as "name=model", or by the last part of their path."""
     named: dict[str, str] = {}
     for word in words:
         name, separator, model = word.partition("=")
-        name, model = (name, model) if separator else (Path(word).name.partition(":")[0], word)
+        # A folder may be called lr=1e-4.
+        if not separator or "/" in name or Path(word).exists():
+            name, model = Path(word).resolve().name if Path(word).exists() else word.rpartition("/")[2], word
+            name = name.partition(":")[0]
         if not name or not model or name in named:
             raise UsageError(f"{word!r}: name each model once, as name=model.")
         named[name] = model
@@ -101,7 +113,7 @@ def _named_models(words: Sequence[str]) -> dict[str, str]:
 def _making(function: Any, folder: str) -> tuple[type, Any]:
     types_of = {"pipelines": list[str], "prompts": str, "temperature": float | None, **_HOW}
     # make_rankings refers to make_pairs.
-    helps = argument_helps(make_pairs)
+    helps = {**argument_helps(make_pairs), **_PLAIN_HELPS}
     kind = options_of(
         function, leave_out=("rewards",), rename=_MODELS, types_of=types_of, helps=helps, subject="What is made"
     )
@@ -119,8 +131,9 @@ def _making(function: Any, folder: str) -> tuple[type, Any]:
             **as_mapping("pipeline_kwargs", pipeline.pipeline_kwargs),
         )
         where = Path(options.output) / folder
-        print(f"{len(rows):,} {folder} in {where}")
-        _push(where, hub)
+        if PartialState().is_main_process:
+            print(f"{len(rows):,} {folder} in {where}")
+            _push(where, hub)
         return 0
 
     return kind, run
@@ -154,7 +167,7 @@ class RowsOptions:
     dataset_split: str = "train"
 
     def read(self) -> Dataset:
-        rows = one_data_set(self.dataset_name, self.dataset_split, DiffusionPreferenceConfig(use_cpu=True))
+        rows = one_data_set(self.dataset_name, self.dataset_split, None)
         if not isinstance(rows, Dataset):
             raise UsageError(
                 f"{self.dataset_name} is encoded already; rewards and models need the samples themselves."
@@ -166,6 +179,7 @@ _SCORE = options_of(
     relabel,
     leave_out=("dataset", "rewards", "output"),
     types_of={"temperature": float | None},
+    helps={"temperature": _PLAIN_HELPS["temperature"]},
     subject="How labels are made",
 )
 
@@ -186,11 +200,15 @@ class ScoreOutput:
 def _run_score(parsed: Parsed, words: Sequence[str]) -> int:
     rows, rewards, how, target = parsed.options
     folder = Path(target.output)
+    there = next((name for name in ("pairs", "rankings") if (folder / name).exists()), None)
+    if there is not None:
+        raise UsageError(f"{folder / there} exists already. Name another --output.")
     scored = relabel(rows.read(), rewards.required(), output=folder, **arguments_from(how))
     name = "pairs" if "chosen" in scored.column_names else "rankings"
-    scored.save_to_disk(str(folder / name))
-    columns = ", ".join(column for column in scored.column_names if "score" in column or column == "soft_label")
-    print(f"{len(scored):,} {name} with {columns} in {folder / name}")
+    if PartialState().is_main_process:
+        scored.save_to_disk(str(folder / name))
+        columns = ", ".join(column for column in scored.column_names if "score" in column or column == "soft_label")
+        print(f"{len(scored):,} {name} with {columns} in {folder / name}")
     return 0
 
 
@@ -202,6 +220,12 @@ _COMPARE = options_of(
     leave_out=("rewards", "pairs", "images"),
     rename=_BASE,
     types_of={"base": str, "tuned": list[str], "prompts": str, **_HOW},
+    helps={
+        "prompts": _PLAIN_HELPS["prompts"],
+        "model_init_kwargs": _PLAIN_HELPS["model_init_kwargs"],
+        "tuned": "Tuned models, each as name=model, or as a model that is named after the last part of its path: "
+        "LoRAs, denoisers or pipelines, by file, folder or Hub id.",
+    },
     subject="What is compared",
 )
 
@@ -241,8 +265,9 @@ def _run_compare(parsed: Parsed, words: Sequence[str]) -> int:
         **arguments,
         **as_mapping("pipeline_kwargs", pipeline.pipeline_kwargs),
     )
-    print(found.to_markdown())
-    print(f"page: {Path(options.output) / 'index.html'}")
+    if PartialState().is_main_process:
+        print(found.to_markdown())
+        print(f"page: {Path(options.output) / 'index.html'}")
     return 0
 
 
@@ -295,6 +320,8 @@ def _run_evaluate(parsed: Parsed, words: Sequence[str]) -> int:
                 elbos = pairs.elbos(pipeline)
         found = HeldOutPairs.accuracy(elbos, reference)
     text = json.dumps(vars(found), indent=2)
+    if not PartialState().is_main_process:
+        return 0
     print(text)
     if evaluated.output:
         write_whole(Path(evaluated.output), f"{text}\n".encode())

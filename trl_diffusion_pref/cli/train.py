@@ -44,7 +44,8 @@ def _run(name: str, trainer_class: Trainer, parsed: Parsed, words: Sequence[str]
         # A wrong name is found here also in the processes that were launched.
         config_file(start.accelerate_config)
     if should_launch(start):
-        return launch(start, name, words)
+        config = parsed.options[-1]
+        return launch(start, name, words, "bf16" if config.bf16 else "fp16" if config.fp16 else "no")
     trainer = build_trainer(trainer_class, parsed)
     resolved = resolved_options(parsed, trainer)
     main = PartialState().is_main_process

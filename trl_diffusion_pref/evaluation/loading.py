@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..host_libraries import dtype_option, quiet_loading
+from ..host_libraries import dtype_option, dtypes_of_torch, quiet_loading
 
 
 def loaded_pipeline(
@@ -32,7 +32,7 @@ def loaded_pipeline(
                 "model_init_kwargs and device are for a pipeline given by name, but a loaded one was passed."
             )
         return pipeline
-    options = dict(model_init_kwargs or {})
+    options = dtypes_of_torch(model_init_kwargs or {})
     dtype = options.pop("dtype", None) or options.pop("torch_dtype", None) or torch.float32
     with quiet_loading():
         loaded = DiffusionPipeline.from_pretrained(pipeline, **dtype_option(dtype), **options)

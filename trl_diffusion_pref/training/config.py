@@ -15,6 +15,7 @@ from transformers.training_args import ParallelMode
 
 from ..data.layouts import labelled_datasets
 from ..diffusion.noise import NoiseProcess, noise_process
+from ..host_libraries import dtypes_of_torch
 from .data_config import DataConfig
 from .documented import documented
 from .option_checks import check_effects, check_loop, check_ranges, check_schedule, check_trackers, check_types
@@ -215,18 +216,7 @@ class DiffusionPreferenceConfig(DataConfig):
         Raises:
             ValueError: A dtype that torch does not have; diffusers would take float32 for it.
         """
-        options = dict(cast(dict[str, Any], self.model_init_kwargs or {}))
-        for name in ("dtype", "torch_dtype"):
-            given = options.get(name)
-            # YAML and command lines have no other way to say it.
-            if isinstance(given, str):
-                options[name] = getattr(torch, given.removeprefix("torch."), None)
-                if not isinstance(options[name], torch.dtype):
-                    raise ValueError(
-                        f"model_init_kwargs: {name}={given!r} is no dtype of torch. Take 'float32', 'bfloat16' or "
-                        "'float16'."
-                    )
-        return options
+        return dtypes_of_torch(cast(dict[str, Any], self.model_init_kwargs or {}))
 
     def noise_process(self, scheduler: Any, image_tokens: int | None = None) -> NoiseProcess:
         """A pipeline's noise process with this config's training times; see `diffusion.noise.noise_process`."""
