@@ -1,20 +1,12 @@
-"""Trains the embedded pipeline with MaPO to prefer outlined shapes, in two or three minutes on two CPU cores.
-
-The pairs prefer outlined shapes, which the base generates occasionally. A page compares the result with the base.
-"""
+"""Trains the embedded pipeline with MaPO to prefer outlined shapes, in a few minutes on two CPU cores."""
 
 import argparse
 from pathlib import Path
 
 # Before diffusers and PEFT, whose notices about optional packages it hides.
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer
-
-
-# isort: split
-
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-
 from trl_diffusion_pref.host_libraries import quiet_loading
 from trl_diffusion_pref.shapes import (
     compare_with_base,

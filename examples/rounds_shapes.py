@@ -8,12 +8,7 @@ import argparse
 
 # Before diffusers and PEFT, whose notices about optional packages it hides.
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, train_in_rounds
-
-
-# isort: split
-
 from diffusers import DDIMScheduler, UNet2DConditionModel
-
 from trl_diffusion_pref.shapes import Summary, load_pipeline, prompts, sample, sample_base, shapes_reward, summarize
 
 

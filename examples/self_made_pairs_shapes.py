@@ -9,12 +9,7 @@ from pathlib import Path
 
 # Before diffusers and PEFT, whose notices about optional packages it hides.
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, make_pairs
-
-
-# isort: split
-
 from diffusers import DDIMScheduler, DiffusionPipeline
-
 from trl_diffusion_pref.host_libraries import quiet_loading
 from trl_diffusion_pref.shapes import (
     comparison_picture,

@@ -8,13 +8,8 @@ from pathlib import Path
 
 # Before diffusers and PEFT, whose notices about optional packages it hides.
 from trl_diffusion_pref import SelfNPOConfig, SelfNPOTrainer
-
-
-# isort: split
-
 from datasets import Dataset
 from peft import LoraConfig
-
 from trl_diffusion_pref.guidance import negative_guidance
 from trl_diffusion_pref.shapes import (
     comparison_picture,

@@ -72,7 +72,8 @@ def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_
     assert summary.shape >= 0.9 and summary.colour >= 0.8
 
 
-@pytest.mark.parametrize("method", ["mapo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mapo", "dpo"])
 def test_a_flow_learns_the_preferred_style_and_keeps_colour_and_shape(method, tmp_path, capsys):
     pictures = run("flow_shapes", "--method", method, "--output_dir", str(tmp_path / "out"))
     before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))

@@ -136,6 +136,7 @@ def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):
     assert estimate.total == pytest.approx(measured_peak(trainer), rel=0.03)
 
 
+@pytest.mark.slow
 def test_sdxl_s_parts_are_known_before_anything_is_allocated():
     unet, cfg = sdxl_unet(), config_of(DiffusionDPOConfig, per_device_train_batch_size=1)
     with PeakMemory() as allocated:

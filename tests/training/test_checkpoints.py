@@ -82,6 +82,7 @@ def test_an_unfinished_checkpoint_by_path_says_what_to_pass(tmp_path, pipeline):
 def test_a_file_that_is_cut_off_is_named(tmp_path, pipeline, name):
     path = checkpoint(tmp_path, 2)
     (path / "unet").mkdir()
+    torch.save({}, path / "scheduler.pt")
     (path / name).write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match=f"{name} is cut off or damaged.*earlier checkpoint"):
         checkpointer(pipeline, tmp_path).to_resume(True, pipeline.unet, sharded=False)
