@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from datasets import Dataset, Image, load_dataset
+from datasets import Dataset, Image, Value, load_dataset
 from helpers import make_pairs_run, tiny
 from helpers.hub_server import HubServer, hub_server  # noqa: F401
 from helpers.pipelines import build_tiny_pipeline
@@ -24,6 +26,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
 from trl_diffusion_pref import MaPOTrainer, load_pairs, make_pairs, make_rankings
+from trl_diffusion_pref.preference_data import dataset as dataset_module
 from trl_diffusion_pref.preference_data import push_dataset
 from trl_diffusion_pref.rewards import RewardError
 from trl_diffusion_pref.shapes import load_pipeline, shapes_reward
@@ -204,6 +207,28 @@ def test_videos_and_audio_are_paired_and_trained_on(name, tmp_path, config):
 
 
 # ---- Made once ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_one_overtakes_takes_its_pairs(tmp_path, monkeypatch):
+    """Two runs of the same options may share a folder; one of other options may not."""
+    folder, stored = tmp_path / "pairs", {}
+    record, card = {"seed": 1}, {"counts": {}, "modality": "image", "kind": "pairs"}
+    monkeypatch.setattr(dataset_module, "dataset_card", lambda values: "card")
+
+    def overtaken(unfinished, target):
+        if not target.exists():
+            shutil.copytree(unfinished, target)
+            if stored:
+                (target / dataset_module.RECORD).write_text(json.dumps(stored))
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(dataset_module.os, "rename", overtaken)
+    write = partial(dataset_module.write_dataset, folder, [{"prompt": "a"}], {"prompt": Value("string")}, record, card)
+    assert write()["prompt"] == ["a"]
+    shutil.rmtree(folder)
+    stored.update({"options": {"seed": 2}, "counts": {}})
+    with pytest.raises(OSError, match="not empty"):
+        write()
 
 
 def test_two_processes_complete_what_a_killed_one_began_with_the_same_bytes(tmp_path):

@@ -126,7 +126,15 @@ def write_dataset(
             text = {"options": record, "counts": card["counts"]}
             write_whole(unfinished / RECORD, json.dumps(text, indent=1, ensure_ascii=False).encode())
             write_whole(unfinished / CARD, str(dataset_card(card)).encode())
-            os.rename(unfinished, folder)
+            try:
+                os.rename(unfinished, folder)
+            except OSError:
+                # Another run of the same options may have written it meanwhile.
+                same = (folder / RECORD).is_file() and json.loads((folder / RECORD).read_text(encoding="utf-8")) == (
+                    json.loads(json.dumps(text))
+                )
+                if not same:
+                    raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     state.wait_for_everyone()
