@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words, debug)
     # What a user can mend; with --debug it is shown with its traceback.
-    except (UsageError, ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         training = _comes_from_training(error)
         if debug or (training and not _raised_here(error)):
             raise
@@ -72,10 +72,15 @@ def _run(words: list[str], debug: bool) -> int:
     return command.run(command.parse(words[1:]), [*words[1:], *["--debug"] * debug])
 
 
-def _command(name: str) -> Command:
+def _commands() -> dict[str, Command]:
+    """All commands; their modules import torch and the host libraries, which takes seconds."""
     with quiet_imports():
         from .commands import commands
-    known = commands()
+    return commands()
+
+
+def _command(name: str) -> Command:
+    known = _commands()
     if name not in known:
         similar = nearest(name, known)
         which = f"The nearest is {similar}." if similar else f"There are {', '.join(known)}."
@@ -84,9 +89,7 @@ def _command(name: str) -> Command:
 
 
 def _help() -> str:
-    with quiet_imports():
-        from .commands import commands
-    known = commands()
+    known = _commands()
     width = max(map(len, known)) + 2
     lines = [f"usage: {PROGRAM} COMMAND [--option value ...]", "", "Preference training of diffusion models.", ""]
     lines += [f"  {name:{width}}{command.summary}" for name, command in known.items()]

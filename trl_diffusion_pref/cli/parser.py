@@ -64,6 +64,7 @@ class OptionParser(TrlParser):
             allow_abbrev=False,
         )
         self.kinds, self.unused = list(kinds), set(unused)
+        self._hints = {name: hint for kind in reversed(self.kinds) for name, hint in get_type_hints(kind).items()}
         help_of_config = "YAML file with options by their names; flags win over it"
         self.add_argument("--config", metavar="FILE", help=help_of_config)
         for action in self._actions:
@@ -125,8 +126,7 @@ class OptionParser(TrlParser):
 
     def _check_json(self, where: str, name: str, value: Any) -> None:
         """Of a text that is to become a mapping; the libraries' own messages do not name the option."""
-        takes_mapping = any(getattr(kind, "__origin__", kind) is dict for kind in self._kinds_of(name))
-        if takes_mapping and isinstance(value, str) and value.lstrip().startswith("{"):
+        if _takes(dict, self._kinds_of(name)) and isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 json.loads(value)
             except json.JSONDecodeError as error:
@@ -170,13 +170,13 @@ class OptionParser(TrlParser):
                 return value
             raise UsageError(f"{path}: {name}: {str(value).lower()} is no {_kind_name(action)}.")
         if isinstance(value, dict):
-            if any(getattr(kind, "__origin__", kind) is dict for kind in kinds):
+            if _takes(dict, kinds):
                 return value
             raise UsageError(f"{path}: {name} takes a {_kind_name(action)}, not a mapping.")
         if isinstance(value, list):
             if action.nargs == "+":
                 return [self._word(path, name, str(entry)) for entry in value]
-            if any(getattr(kind, "__origin__", kind) is list for kind in kinds):
+            if _takes(list, kinds):
                 return value
             raise UsageError(f"{path}: {name} takes one {_kind_name(action)}, not a list.")
         word = str(value).lower() if isinstance(value, bool) else str(value)
@@ -196,11 +196,10 @@ class OptionParser(TrlParser):
         return value
 
     def _kinds_of(self, name: str) -> tuple[Any, ...]:
-        for kind in self.kinds:
-            hint = get_type_hints(kind).get(name)
-            if hint is not None:
-                return get_args(hint) if type(None) in get_args(hint) or _is_union(hint) else (hint,)
-        return ()
+        if name not in self._hints:
+            return ()
+        hint = self._hints[name]
+        return get_args(hint) if type(None) in get_args(hint) or _is_union(hint) else (hint,)
 
     def _nearest(self, name: str, prefix: str = "") -> str:
         found = nearest(name.replace("-", "_"), self._named)
@@ -241,6 +240,10 @@ def subjects_of(kind: type) -> dict[str, str]:
             elif subject and (option := re.match(r"\s+(\w+) ?\(.*\):$", line)):
                 subjects.setdefault(option[1], subject)
     return subjects
+
+
+def _takes(container: type, kinds: Iterable[Any]) -> bool:
+    return any(getattr(kind, "__origin__", kind) is container for kind in kinds)
 
 
 def _is_union(hint: Any) -> bool:

@@ -1,7 +1,7 @@
 """Commands that sample and score: make-pairs, make-rankings, score, compare, evaluate."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ _PLAIN_HELPS = {
 
 
 def _named_models(words: Sequence[str]) -> dict[str, str]:
-    """Models as "name=model", or by the last part of their path."""
+    """Models as "name=model", or by the last part of their path; as the functions take them."""
     named: dict[str, str] = {}
     for word in words:
         name, separator, model = word.partition("=")
@@ -103,8 +103,14 @@ def _named_models(words: Sequence[str]) -> dict[str, str]:
             name = name.partition(":")[0]
         if not name or not model or name in named:
             raise UsageError(f"{word!r}: name each model once, as name=model.")
-        named[name] = model
+        named[name] = model_named(model)
     return named
+
+
+def _arguments(options: Any, rename: Mapping[str, str]) -> dict[str, Any]:
+    """A function's arguments, with `model_init_kwargs` as a mapping."""
+    arguments = arguments_from(options, rename)
+    return arguments | {"model_init_kwargs": as_mapping("model_init_kwargs", arguments["model_init_kwargs"]) or None}
 
 
 # ---- Making data ---------------------------------------------------------------------------------------------------
@@ -120,9 +126,8 @@ def _making(function: Any, folder: str) -> tuple[type, Any]:
 
     def run(parsed: Parsed, words: Sequence[str]) -> int:
         options, rewards, pipeline, hub = parsed.options
-        arguments = arguments_from(options, _MODELS)
-        models = {name: model_named(model) for name, model in _named_models(arguments.pop("pipelines")).items()}
-        arguments["model_init_kwargs"] = as_mapping("model_init_kwargs", arguments["model_init_kwargs"]) or None
+        arguments = _arguments(options, _MODELS)
+        models = _named_models(arguments.pop("pipelines"))
         rows = function(
             next(iter(models.values())) if len(models) == 1 else models,
             arguments.pop("prompts"),
@@ -253,9 +258,8 @@ class HeldOutOptions:
 
 def _run_compare(parsed: Parsed, words: Sequence[str]) -> int:
     options, rewards, pipeline, held_out = parsed.options
-    arguments = arguments_from(options, _BASE)
-    arguments["model_init_kwargs"] = as_mapping("model_init_kwargs", arguments["model_init_kwargs"]) or None
-    tuned = {name: model_named(model) for name, model in _named_models(arguments.pop("tuned")).items()}
+    arguments = _arguments(options, _BASE)
+    tuned = _named_models(arguments.pop("tuned"))
     found = compare(
         model_named(arguments.pop("base")),
         tuned,
