@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .autoencoders import decode_finite, encode_with_autoencoder_kl
 from .base import Family, call_default
+from .stable_diffusion_3 import StableDiffusion3Family
 
 
 class AuraFlowFamily(Family):
@@ -22,16 +23,7 @@ class AuraFlowFamily(Family):
     # The model card of 0.3: "now supports various aspect ratio".
     aspect_ratio_buckets = True
     # diffusers has no example for AuraFlow; these are the layers that its example for SD 3 trains.
-    lora_target_modules = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
+    lora_target_modules = StableDiffusion3Family.lora_target_modules
     flow = True
 
     def resolution(self, pipeline: AuraFlowPipeline) -> int:
