@@ -7,8 +7,10 @@ from diffusers import DiffusionPipeline
 
 from .algorithms import trainer_of
 from .data import PAIRS, EncodedDataset, Encoders, Layout
+from .data.layouts import with_condition_column
 from .data.pair_source import PairSource
 from .families import Family
+from .families.denoisers import parts_of
 from .families.weightless import pipeline_from_configs
 from .training import loaders, pipelines
 from .training.config import DiffusionPreferenceConfig
@@ -67,9 +69,10 @@ def encode_dataset(
     if type(args) is not DiffusionPreferenceConfig:
         kind = trainer_of(args)
         layout, several_sizes = _layout(kind, args, family), kind.several_sizes
-    layout = layout.conditioned_on(family.condition_images)
+    dataset = with_condition_column(dataset, family)
+    layout = loaders.layout_of(layout, family, dataset, None)
     sources: dict[str, PairSource] = {}
-    rows = loaders.rows_of_one(dataset, "dataset", layout, args, sources)
+    rows = loaders.rows_of_one(dataset, "dataset", layout, family, args, sources)
     pipeline = _load(model, family, args)
     family.check_complete(pipeline)
     pipelines.check_not_offloaded(pipeline)
@@ -97,5 +100,6 @@ def _load(
     if isinstance(model, (str, os.PathLike)) and family.denoiser_name not in options:
         where = {name: options[name] for name in _WHERE if name in options}
         # Only its config is read; its weights may be twenty times what encodes.
-        options = {**options, family.denoiser_name: family.denoiser(pipeline_from_configs(model, **where))}
+        denoiser = family.denoiser(pipeline_from_configs(model, **where))
+        options = {**parts_of(denoiser, family.denoiser_name), **options}
     return pipelines.load_pipeline(model, options)

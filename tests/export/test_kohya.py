@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline
+from diffusers.loaders import lora_conversion_utils
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
 from helpers import tiny
@@ -29,6 +30,7 @@ UNET += ("conv1", "conv2", "time_emb_proj", "conv_shortcut")
 MMDIT = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "to_add_out")]
 MMDIT += [f"transformer_blocks.0.attn.add_{name}_proj" for name in "qkv"]
 MLPS = ["net.0.proj", "net.2"]
+FLUX2 = ["linear_in", "linear_out", "to_qkv_mlp_proj", "single_transformer_blocks.0.attn.to_out"]
 TARGETS = {
     "stable_diffusion": UNET,
     "stable_diffusion_xl": UNET,
@@ -39,6 +41,8 @@ TARGETS = {
         "norm1_context.linear",
         *(f"transformer_blocks.0.ff.{name}" for name in MLPS),
     ],
+    "flux2_klein": [*MMDIT, *FLUX2],
+    "flux2_dev": [*MMDIT, *FLUX2],
     "chroma": [*MMDIT, *(f"transformer_blocks.0.ff.{name}" for name in MLPS)],
     "qwen_image": ["to_q", "to_k", "to_v", "to_out.0", "to_add_out", "add_q_proj", "img_mod.1", *MLPS],
     "z_image": ["to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"],
@@ -66,13 +70,15 @@ def call_of_the_sampler(pipeline: DiffusionPipeline, name: str):
     recorder = Recorder(family.denoiser(pipeline))
     size = dict(zip(("height", "width"), case.size, strict=False))
     options = {"num_inference_steps": 1, "output_type": "latent", **size, **case.call}
-    pipeline(list(PROMPTS), **options, generator=torch.Generator().manual_seed(0))
+    pipeline(prompt=list(PROMPTS), **options, generator=torch.Generator().manual_seed(0))
     return recorder.raw[-1]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "ranks", "alphas", "rslora"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_diffusers_loads_it_at_the_trained_scale(name, options, tmp_path):
+    if name.startswith("flux2") and not hasattr(lora_conversion_utils, "_convert_kohya_flux2_lora_to_diffusers"):
+        pytest.skip("this version of diffusers has no loader for such files")
     pipeline = tiny.build(name)
     family = family_for(pipeline)
     args, kwargs = call_of_the_sampler(pipeline, name)
@@ -284,7 +290,7 @@ def test_full_weights_and_other_folders_are_no_source(pairs, config, tmp_path):
         (
             "pixart_sigma",
             {},
-            "no names for the layers of a PixArtSigmaPipeline; they have for ChromaPipeline, FluxPipeline, Qwen",
+            "no names for the layers of a PixArtSigmaPipeline; they have for ChromaPipeline, .*FluxPipeline, Qwen",
         ),
         ("stable_diffusion", {"use_dora": True}, "cannot express use_dora"),
         (

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from datasets import DatasetInfo
 from diffusers import DiffusionPipeline
+from helpers import tiny
 from helpers.hub_server import hub_server  # noqa: F401
 from helpers.pipelines import build_tiny_pipeline
 from huggingface_hub import ModelCard, metadata_load
@@ -16,7 +17,9 @@ from PIL import Image
 
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer
 from trl_diffusion_pref.data.origin import origin_of
+from trl_diffusion_pref.export import model_card
 from trl_diffusion_pref.export.card_contents import base_licence, bibtex, final_metrics, training_curve
+from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.guidance import negative_guidance
 from trl_diffusion_pref.training.pipelines import origin
 
@@ -186,6 +189,25 @@ class TestContents:
             assert paper["id"] in entry and "author" in entry and " ".join(paper["title"].split()[:3]) in entry
         assert bibtex({}) == ""
         assert bibtex({"title": "A Title", "id": "1234.5678"}).count("1234.5678") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("stable_diffusion", '"your prompt"'),
+        ("instruct_pix2pix", '"your prompt", image=load_image("to_edit.png")'),
+        # The prompt is not the first argument of its call.
+        ("qwen_image_edit_plus", 'prompt="your prompt", image=[load_image("to_edit.png")]'),
+        (
+            "stable_diffusion_inpaint",
+            '"your prompt", image=load_image("to_edit.png"), mask_image=load_image("mask.png")',
+        ),
+    ],
+)
+def test_the_code_loads_what_the_pipeline_is_given(name, given):
+    pipeline = tiny.build(name)
+    family = family_for(pipeline)
+    assert model_card._inputs(pipeline, family, family.condition_images) == given
 
 
 def test_a_curve_has_its_first_and_last_step_and_final_metrics_are_the_newest():

@@ -11,11 +11,11 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 
 from trl_diffusion_pref.data import PAIRS, EncodingOptions
-from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.families import family_for, family_named
 from trl_diffusion_pref.shapes import preference_pairs
 
 
-LAYOUT = PAIRS.conditioned_on(("image",))
+LAYOUT = PAIRS.conditioned_on(family_named("StableDiffusionInstructPix2PixPipeline"))
 
 
 def with_images(pairs: Dataset, sources: list) -> Dataset:

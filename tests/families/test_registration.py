@@ -1,13 +1,14 @@
 """Families from outside the package, by a call or through an entry point."""
 
 import pytest
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, FluxPipeline
 from helpers import tiny
 from helpers.pipelines import build_tiny_pipeline
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, families
 from trl_diffusion_pref.evaluation import preference_accuracy
 from trl_diffusion_pref.families import Family, family_for, register_family, supported_pipelines
+from trl_diffusion_pref.families.flux import FluxFamily
 from trl_diffusion_pref.families.stable_diffusion import StableDiffusionFamily
 from trl_diffusion_pref.shapes import preference_pairs
 
@@ -92,6 +93,66 @@ def test_a_family_without_its_attributes_is_refused():
 
     with pytest.raises(TypeError, match="Bare does not set denoiser_name, encoder_names, lora_target_modules"):
         register_family(Bare())
+
+
+@pytest.mark.parametrize(
+    ("unsupported", "nearest", "why"),
+    [
+        # Another sampler around a supported denoiser; of UNets, of which there are several, the one of a similar name.
+        ("FluxImg2ImgPipeline", "FluxPipeline", "the transformer of both is a FluxTransformer2DModel"),
+        ("StableDiffusionXLPAGPipeline", "StableDiffusionXLPipeline", "the unet of both is a UNet2DConditionModel"),
+        ("StableDiffusionPAGPipeline", "StableDiffusionPipeline", "the unet of both is a UNet2DConditionModel"),
+        # It takes no image, as the pipeline of the most similar name does.
+        ("LatentConsistencyModelPipeline", "StableDiffusionPipeline", "the unet of both is a UNet2DConditionModel"),
+        # A UNet of the same class as Stable Diffusion's, for spectrograms.
+        ("AudioLDMPipeline", "AudioLDM2Pipeline", "its name is similar"),
+        ("LuminaPipeline", "Lumina2Pipeline", "its name is similar"),
+    ],
+)
+def test_an_unsupported_pipeline_is_told_the_nearest_one_and_why(unsupported, nearest, why):
+    with pytest.raises(TypeError) as caught:
+        families.family_named(unsupported)
+    message = str(caught.value)
+    assert f"The nearest of them is {nearest}: {why}." in message
+    assert f"{nearest}.from_pretrained(...)" in message
+    family = type(families.family_named(nearest))
+    assert f"subclass {family.__module__}.{family.__name__} with pipeline_class = '{unsupported}'" in message
+
+
+def test_a_pipeline_derived_from_a_supported_one_is_nearest_to_that():
+    class Mine(FluxPipeline):
+        pass
+
+    with pytest.raises(TypeError, match="Mine is not supported.*The nearest of them is FluxPipeline: Mine is derived"):
+        family_for(Mine(**tiny.build("flux_dev").components))
+
+
+def test_nothing_is_near_to_a_pipeline_of_another_kind(other_pipeline):
+    with pytest.raises(TypeError, match="DDPMPipeline is not supported.*To train it all the same, subclass") as caught:
+        family_for(other_pipeline)
+    assert "nearest" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text_to_image", "expected"),
+    [
+        ("StableDiffusionPipeline", "StableDiffusionEdit, whose unet is a UNet2DConditionModel too, or FluxEdit"),
+        ("FluxPipeline", "FluxEdit, whose transformer is a FluxTransformer2DModel too, or StableDiffusionEdit"),
+        # By the name alone.
+        ("StableAudioPipeline", "StableDiffusionEdit, FluxEdit"),
+    ],
+)
+def test_of_the_editing_pipelines_the_nearest_is_named_first(text_to_image, expected, monkeypatch):
+    class StableDiffusionEdit(StableDiffusionFamily):
+        pipeline_class, condition_images = "StableDiffusionEdit", ("image",)
+
+    class FluxEdit(FluxFamily):
+        pipeline_class, condition_images = "FluxEdit", ("image",)
+
+    others = [family for family in families.all_families() if not family.condition_images]
+    made = {family.pipeline_class: family for family in (*others, StableDiffusionEdit(), FluxEdit())}
+    monkeypatch.setattr(families, "_FAMILIES", made)
+    assert families.editing_pipelines(families.family_named(text_to_image)) == expected
 
 
 def test_an_unsupported_pipeline_is_told_the_supported_ones_and_how_to_register(other_pipeline):

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from helpers import tiny
 
 from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.guidance import add_negative_guidance
 
 
 PROMPTS = ["a red circle", "a blue ring"]
@@ -39,3 +42,22 @@ def test_zeros_stand_for_absent_text_encoders_and_nothing_else_changes(absent):
 def test_a_pipeline_without_text_encoders_is_refused():
     with pytest.raises(ValueError, match="no text encoder .text_encoder, text_encoder_2, text_encoder_3"):
         encode(tiny.build("stable_diffusion_3"), (1, 2, 3))
+
+
+def test_skip_layer_guidance_is_the_model_s_own_under_a_negative_model():
+    """The pipeline's further call, with layers left out, is on the positive side alone."""
+    pipeline, steps = tiny.build("stable_diffusion_3"), 3
+    options = {"height": 16, "width": 24, "num_inference_steps": steps, "output_type": "latent", "guidance_scale": 3.0}
+    skips = {"skip_guidance_layers": [0], "skip_layer_guidance_start": -1.0, "skip_layer_guidance_stop": 1.0}
+
+    def sample(**more) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(prompt=PROMPTS, negative_prompt=["", ""], generator=generator, **options, **more)[0]
+
+    plain, skipping = sample(), sample(**skips)
+    assert (skipping - plain).abs().max() > 1e-3
+    calls: list[int] = []
+    guidance = add_negative_guidance(pipeline, copy.deepcopy(pipeline.transformer))
+    guidance.second.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    torch.testing.assert_close(sample(**skips), skipping, rtol=1e-4, atol=1e-5)
+    assert calls == [2] * steps

@@ -8,14 +8,14 @@ from trl_diffusion_pref.data import preparation_for
 from trl_diffusion_pref.families import family_for
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan_video", "hunyuan_video15", "cogvideox"])
 def test_images_are_refused(name):
     pipeline = tiny.build(name)
     with pytest.raises(ValueError, match=r"generates videos, but got pixels of shape \(1, 3, 16, 32\)"):
         family_for(pipeline).encode_samples(pipeline, torch.zeros(1, 3, 16, 32))
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan_video", "cogvideox"])
 @pytest.mark.parametrize(("frames", "advice"), [(7, "Cut it to 5 frames, or pass 9"), (3, "to 1 frames, or pass 5")])
 def test_clips_with_the_wrong_number_of_frames_are_refused(name, frames, advice):
     pipeline = tiny.build(name)
@@ -29,14 +29,10 @@ def test_clips_that_do_not_fill_cogvideox_1_5_s_patches_are_refused():
         family_for(pipeline).encode_samples(pipeline, torch.zeros(1, 3, 9, 16, 32))
 
 
-def test_wan_2_2_is_refused():
+def test_two_transformers_with_a_time_per_token_are_refused():
     pipeline = tiny.build("wan")
-    pipeline.register_to_config(expand_timesteps=True)
-    with pytest.raises(ValueError, match="expand_timesteps"):
-        family_for(pipeline).denoiser(pipeline)
-    pipeline = tiny.build("wan")
-    pipeline.transformer_2 = tiny.build_wan().transformer
-    with pytest.raises(ValueError, match="two transformers"):
+    pipeline.register_to_config(expand_timesteps=True, boundary_ratio=0.875)
+    with pytest.raises(ValueError, match=r"two transformers \(boundary_ratio\) and .* each token .*expand_timesteps"):
         family_for(pipeline).denoiser(pipeline)
 
 

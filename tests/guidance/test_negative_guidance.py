@@ -390,7 +390,7 @@ class TestSources:
             pipeline.register_to_config(_name_or_path="mine/model")
             with negative_guidance(pipeline, tmp_path):
                 pass
-            text = "\n".join(record.getMessage() for record in caplog.records if "guide" in record.name)
+            text = "\n".join(record.getMessage() for record in caplog.records if "guidance" in record.name)
             assert ("someone/base" in text and "mine/model" in text) == warned
 
 

@@ -1,9 +1,11 @@
 """Pipelines of the real classes with random weights, from small configs. Nothing is downloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
+import pytest
 import torch
 from diffusers import (
     AudioLDM2Pipeline,
@@ -14,6 +16,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     AutoencoderOobleck,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -26,6 +29,8 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -59,10 +64,20 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
+from helpers import tiny_flux2 as flux2
+from helpers import tiny_image_to_video as image_to_video
+from helpers import tiny_qwen_image_edit as qwen_image_edit
 from helpers.pipelines import build_tiny_pipeline
+from helpers.tiny_ace_step import build_ace_step
 from helpers.tiny_auraflow import build_auraflow
 from helpers.tiny_chroma import build_chroma
+from helpers.tiny_cogview4 import build_cogview4
+from helpers.tiny_flux_kontext import kontext_around, noisy_tokens
+from helpers.tiny_hunyuan_video import build_hunyuan_video
+from helpers.tiny_hunyuan_video15 import build_hunyuan_video15
+from helpers.tiny_inpainting import build_stable_diffusion_inpaint, fill_around, masks, xl_inpaint_around
 from helpers.tiny_instruct_pix2pix import build_instruct_pix2pix, images
+from helpers.tiny_ltx import build_ltx, in_a_row, out_of_a_row
 from helpers.tiny_lumina2 import build_lumina2
 from helpers.tiny_parts import (
     autoencoder_kl,
@@ -74,6 +89,7 @@ from helpers.tiny_parts import (
     t5_tokenizer,
     umt5_text_encoder,
 )
+from helpers.tiny_wan_5b import build_wan_5b
 from helpers.tiny_z_image import build_z_image
 
 
@@ -498,6 +514,11 @@ def frames_first(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     return latents.transpose(1, 2)
 
 
+def channels_last(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Of ACE-Step, whose latents have one dimension; its own inverse."""
+    return latents.transpose(1, 2)
+
+
 def one_frame(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Of Z-Image, whose denoiser takes an image for a video of one frame."""
     return latents.squeeze(2) if latents.ndim == 5 else latents
@@ -523,6 +544,9 @@ class Case:
         waveform: Channels and samples of sound; None for what is seen.
         to_vae: Images or clips in the layout that the VAE takes.
         edits: Whether the pipeline edits images, and takes the size from them.
+        one_prompt: Whether its call takes one prompt, with its images.
+        masked: Whether its call takes a mask for each image too.
+        images_of: The images of so many prompts, each's one image or a list; None for one of the case's size.
     """
 
     build: Callable[[], DiffusionPipeline]
@@ -536,11 +560,26 @@ class Case:
     waveform: tuple[int, int] | None = None
     to_vae: Callable[[Tensor], Tensor] = unchanged_pixels
     edits: bool = False
+    one_prompt: bool = False
+    masked: bool = False
+    images_of: Callable[[int], list] | None = None
+
+    def takes(self, prompts: list[str]) -> list[str]:
+        """Those of some prompts that one call takes."""
+        return prompts[:1] if self.one_prompt else prompts
+
+    def images(self, prompts: int, column: str = "image") -> list:
+        """The condition images of so many prompts, or their masks."""
+        if column == "mask_image":
+            return masks(self.size, prompts)
+        return images(self.size, prompts) if self.images_of is None else self.images_of(prompts)
 
     def arguments(self, prompts: int) -> dict[str, Any]:
         """Of a call on so many prompts: the size, or the images to edit, and `call`."""
         if self.edits:
-            return {"image": images(self.size, prompts), **self.call}
+            given = self.images(prompts)
+            beside = {"mask_image": self.images(prompts, "mask_image")} if self.masked else {}
+            return {"image": given[0] if self.one_prompt else given, **beside, **self.call}
         return {**dict(zip(("height", "width"), self.size, strict=False)), **self.call}
 
     def pixels(self, batch: int = 1, seed: int = 1) -> Tensor:
@@ -552,6 +591,19 @@ class Case:
 
 
 NO_BINS = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+
+# The images of a call are those of all of its prompts.
+FLUX2_EDITS: dict[str, Any] = {
+    "call": {"guidance_scale": 1.0, "height": 16, "width": 24},
+    "pack": flux2.in_a_row,
+    "unpack": flux2.out_of_a_row,
+    "edits": True,
+    "one_prompt": True,
+}
+FLUX2_DEV_EDITS = FLUX2_EDITS | {
+    "call": {"guidance_scale": 4.0, "height": 16, "width": 24},
+    "conditioning": {"guidance": 4.0},
+}
 
 CASES = {
     "stable_diffusion": Case(build_stable_diffusion, prediction_type="epsilon"),
@@ -576,12 +628,65 @@ CASES = {
     "instruct_pix2pix": Case(
         build_instruct_pix2pix, unpack=lambda pipeline, latents: latents[:, :4], prediction_type="epsilon", edits=True
     ),
+    "stable_diffusion_inpaint": Case(
+        build_stable_diffusion_inpaint,
+        call={"guidance_scale": 1.0, "height": 16, "width": 24},
+        unpack=lambda pipeline, latents: latents[:, :4],
+        prediction_type="epsilon",
+        edits=True,
+        masked=True,
+    ),
+    "stable_diffusion_xl_inpaint": Case(
+        lambda: xl_inpaint_around(build_stable_diffusion_xl()),
+        call={
+            "guidance_scale": 1.0,
+            "height": 16,
+            "width": 24,
+            "original_size": (40, 30),
+            "crops_coords_top_left": (3, 5),
+            # Its default, 0.9999, leaves out the first step.
+            "strength": 1.0,
+        },
+        unpack=lambda pipeline, latents: latents[:, :4],
+        prediction_type="epsilon",
+        edits=True,
+        masked=True,
+    ),
     "stable_diffusion_3": Case(build_stable_diffusion_3),
     "stable_diffusion_3_without_t5": Case(lambda: build_stable_diffusion_3(absent=(3,))),
     "flux_dev": Case(
         build_flux, call={"guidance_scale": 3.5}, conditioning={"guidance": 3.5}, pack=pack, unpack=unpack
     ),
     "flux_schnell": Case(lambda: build_flux(guidance_embeds=False), call={}, pack=pack, unpack=unpack),
+    "flux_kontext": Case(
+        lambda: kontext_around(build_flux()),
+        call={"guidance_scale": 2.5, "height": 16, "width": 24, "max_area": 16 * 24},
+        conditioning={"guidance": 2.5},
+        pack=pack,
+        unpack=noisy_tokens,
+        edits=True,
+    ),
+    "flux_fill": Case(
+        lambda: fill_around(build_flux()),
+        call={"guidance_scale": 30.0, "height": 16, "width": 24},
+        conditioning={"guidance": 30.0},
+        pack=pack,
+        unpack=lambda pipeline, latents: unpack(pipeline, latents[..., :16]),
+        edits=True,
+        masked=True,
+    ),
+    "flux2_klein": Case(flux2.build_flux2_klein, pack=flux2.in_a_row, unpack=flux2.out_of_a_row),
+    "flux2_klein_edit": Case(flux2.build_flux2_klein, images_of=flux2.one_image, **FLUX2_EDITS),
+    "flux2_klein_edit_three": Case(flux2.build_flux2_klein, images_of=flux2.three_images, **FLUX2_EDITS),
+    "flux2_dev": Case(
+        flux2.build_flux2_dev,
+        call={"guidance_scale": 4.0},
+        conditioning={"guidance": 4.0},
+        pack=flux2.in_a_row,
+        unpack=flux2.out_of_a_row,
+    ),
+    "flux2_dev_edit": Case(flux2.build_flux2_dev, images_of=flux2.one_image, **FLUX2_DEV_EDITS),
+    "flux2_dev_edit_three": Case(flux2.build_flux2_dev, images_of=flux2.three_images, **FLUX2_DEV_EDITS),
     "pixart_sigma": Case(build_pixart_sigma, call=NO_BINS, prediction_type="epsilon"),
     "sana": Case(build_sana, call=NO_BINS, size=(32, 64)),
     "qwen_image": Case(
@@ -591,11 +696,97 @@ CASES = {
         unpack=unpack,
         to_vae=lambda pixels: pixels.unsqueeze(2),
     ),
+    "qwen_image_edit": Case(
+        lambda: qwen_image_edit.edit_around(build_qwen_image(), QwenImageEditPipeline),
+        call={"true_cfg_scale": 1.0, "height": 16, "width": 24},
+        pack=pack,
+        unpack=qwen_image_edit.noisy_tokens,
+        to_vae=lambda pixels: pixels.unsqueeze(2),
+        edits=True,
+        one_prompt=True,
+    ),
+    # Two images of different shapes.
+    "qwen_image_edit_plus": Case(
+        lambda: qwen_image_edit.edit_around(build_qwen_image(), QwenImageEditPlusPipeline),
+        call={"true_cfg_scale": 1.0, "height": 16, "width": 24},
+        pack=pack,
+        unpack=qwen_image_edit.noisy_tokens,
+        to_vae=lambda pixels: pixels.unsqueeze(2),
+        edits=True,
+        one_prompt=True,
+        images_of=lambda count: [[images((16, 24), 1)[0], images((48, 16), 2)[1]]] * count,
+    ),
     "chroma": Case(build_chroma, pack=pack, unpack=unpack),
     "auraflow": Case(build_auraflow),
     "lumina2": Case(build_lumina2, size=(32, 48)),
     "z_image": Case(build_z_image, call={"guidance_scale": 0.0}, unpack=one_frame, size=(32, 48)),
+    "cogview4": Case(
+        build_cogview4,
+        call={"guidance_scale": 1.0, "original_size": (40, 30), "crops_coords_top_left": (3, 5)},
+        size=(32, 48),
+    ),
     "wan": Case(build_wan, call={"guidance_scale": 1.0, "num_frames": 5}, size=(16, 32), frames=5),
+    "wan_5b": Case(build_wan_5b, call={"guidance_scale": 1.0, "num_frames": 5}, size=(32, 64), frames=5),
+    "wan_image_to_video": Case(
+        lambda: image_to_video.wan_image_to_video(build_wan(), sees_images=True),
+        call={"guidance_scale": 1.0, "num_frames": 5, "height": 16, "width": 32},
+        unpack=image_to_video.noisy_channels(16, dim=1),
+        size=(16, 32),
+        frames=5,
+        edits=True,
+        one_prompt=True,
+    ),
+    "wan_2_2_image_to_video": Case(
+        lambda: image_to_video.wan_image_to_video(build_wan(), sees_images=False),
+        call={"guidance_scale": 1.0, "num_frames": 5, "height": 16, "width": 32},
+        unpack=image_to_video.noisy_channels(16, dim=1),
+        size=(16, 32),
+        frames=5,
+        edits=True,
+        one_prompt=True,
+    ),
+    "cogvideox_image_to_video": Case(
+        lambda: image_to_video.cogvideox_image_to_video(build_cogvideox()),
+        call={"guidance_scale": 1.0, "num_frames": 9, "height": 16, "width": 32},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=image_to_video.noisy_channels(4, dim=2),
+        size=(16, 32),
+        frames=9,
+        edits=True,
+    ),
+    "cogvideox_1_5_image_to_video": Case(
+        lambda: image_to_video.cogvideox_image_to_video(build_cogvideox(patch_size_t=2)),
+        call={"guidance_scale": 1.0, "num_frames": 5, "height": 16, "width": 32},
+        prediction_type="v_prediction",
+        pack=frames_first,
+        unpack=image_to_video.noisy_channels(4, dim=2),
+        size=(16, 32),
+        frames=5,
+        edits=True,
+    ),
+    "ltx": Case(
+        build_ltx,
+        call={"guidance_scale": 1.0, "num_frames": 9},
+        pack=in_a_row,
+        unpack=out_of_a_row,
+        size=(32, 64),
+        frames=9,
+    ),
+    "hunyuan_video": Case(
+        build_hunyuan_video,
+        call={"guidance_scale": 6.0, "num_frames": 5},
+        conditioning={"guidance": 6.0},
+        size=(16, 32),
+        frames=5,
+    ),
+    "hunyuan_video15": Case(
+        build_hunyuan_video15,
+        call={"num_frames": 5},
+        unpack=lambda pipeline, latents: latents[:, :4],
+        size=(16, 32),
+        frames=5,
+    ),
     "cogvideox": Case(
         build_cogvideox,
         call={"guidance_scale": 1.0, "num_frames": 9},
@@ -614,14 +805,66 @@ CASES = {
         size=(16, 32),
         frames=5,
     ),
+    # Its pipeline takes as many lyrics as prompts.
+    "ace_step": Case(
+        build_ace_step,
+        call={"guidance_scale": 1.0, "lyrics": ["", ""]},
+        pack=channels_last,
+        unpack=channels_last,
+        size=(),
+        waveform=(2, 480),
+    ),
     "stable_audio": Case(build_stable_audio, prediction_type="v_prediction", size=(), waveform=(2, 128)),
     "audioldm2": Case(build_audioldm2, prediction_type="epsilon", size=(), waveform=(1, 2560)),
 }
 
+# Others have these pipelines' families too: what they have in common is tested of them in `make test-all` alone.
+VARIANTS = (
+    "stable_diffusion_2",
+    "stable_diffusion_zero_terminal_snr",
+    "stable_diffusion_xl_with_channel_statistics",
+    "stable_diffusion_3_without_t5",
+    "flux_schnell",
+    "flux2_klein_edit",
+    "flux2_dev_edit",
+    "flux2_dev_edit_three",
+    "wan_5b",
+    "wan_2_2_image_to_video",
+    "cogvideox_1_5",
+    "cogvideox_1_5_image_to_video",
+)
+
+
+def marked(names: Iterable[str]) -> list:
+    """Names of cases as parameters of a test, with the mark `slow` on variants."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in names]
+
+
+if not hasattr(diffusers, "AceStepPipeline"):
+    del CASES["ace_step"]
+
 # Where guidance is switched on in another way than by `guidance_scale`.
-TRUE_GUIDANCE = ("flux_dev", "flux_schnell", "qwen_image")
+TRUE_GUIDANCE = (
+    "flux_dev",
+    "flux_schnell",
+    "flux_kontext",
+    "qwen_image_edit",
+    "qwen_image_edit_plus",
+    "qwen_image",
+    "hunyuan_video",
+)
+# Their calls have no second side, for guidance with another prompt.
+WITHOUT_GUIDANCE = ("flux_fill", "flux2_dev", "flux2_dev_edit", "flux2_dev_edit_three")
 VIDEO_CASES = [name for name, case in CASES.items() if case.frames is not None]
 IMAGE_CASES = [name for name, case in CASES.items() if case.size and case.frames is None]
+
+
+def guidance(name: str, pipeline: DiffusionPipeline, scale: float) -> dict[str, float]:
+    """What a case's call takes for this guidance; where the pipeline has a guider, it is set there."""
+    if hasattr(pipeline, "guider"):
+        pipeline.guider = ClassifierFreeGuidance(guidance_scale=scale)
+        return {}
+    return {"true_cfg_scale" if name in TRUE_GUIDANCE else "guidance_scale": scale}
 
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:

@@ -22,7 +22,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer")
 
 
-def clip_text_encoder(kind: type = CLIPTextModel, width: int = 32, layers: int = 2) -> CLIPTextModel:
+def clip_text_encoder(
+    kind: type = CLIPTextModel, width: int = 32, layers: int = 2, positions: int = 16
+) -> CLIPTextModel:
     """Two layers, since SDXL and SD 3 read the last but one."""
     tokenizer = clip_tokenizer()
     return kind(
@@ -33,7 +35,7 @@ def clip_text_encoder(kind: type = CLIPTextModel, width: int = 32, layers: int =
             projection_dim=width,
             num_hidden_layers=layers,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )

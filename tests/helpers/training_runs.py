@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from helpers import tiny
+from helpers.tiny_inpainting import masks
 from trl_diffusion_pref.shapes import preference_pairs
 
 
@@ -21,16 +22,22 @@ def pairs(name) -> Dataset:
     if name in tiny.IMAGE_CASES:
         found = preference_pairs(4, seed=7)
         sources = found.select_columns("rejected").rename_column("rejected", "image")
+        if case.masked:
+            drawn = Dataset.from_dict({"mask_image": masks((32, 32), 4)}, features=Features({"mask_image": Image()}))
+            sources = concatenate_datasets([sources, drawn], axis=1)
         return concatenate_datasets([found, sources], axis=1) if case.edits else found
     samples = [case.pixels(batch=4, seed=seed) for seed in (1, 2)]
     rows = {"prompt": ["a cat", "a dog"] * 2}
     if case.waveform:
-        rate = 16 if name == "stable_audio" else 16000
+        rate = {"stable_audio": 16, "ace_step": 8}.get(name, 16000)
         sounds = [[{"array": sound.numpy(), "sampling_rate": rate} for sound in column] for column in samples]
         return Dataset.from_dict(rows | {"chosen": sounds[0], "rejected": sounds[1]})
     clips = [[_clip(sample) for sample in column] for column in samples]
     features = Features({"prompt": Value("string"), "chosen": List(Image()), "rejected": List(Image())})
-    return Dataset.from_dict(rows | {"chosen": clips[0], "rejected": clips[1]}, features=features)
+    rows |= {"chosen": clips[0], "rejected": clips[1]}
+    if case.edits:
+        rows, features = rows | {"image": [clip[0] for clip in clips[0]]}, Features({**features, "image": Image()})
+    return Dataset.from_dict(rows, features=features)
 
 
 def _clip(pixels: Tensor) -> list[PILImage.Image]:
@@ -48,6 +55,9 @@ def cache(tmp_path_factory) -> Path:
 def options(name, tmp_path, cache):
     """Makes the options of a run of two steps."""
 
+    case = tiny.CASES[name]
+    side = min(case.size) if case.frames else 16
+
     def make(**more) -> dict[str, Any]:
         defaults = {
             "output_dir": str(tmp_path / "output"),
@@ -55,8 +65,8 @@ def options(name, tmp_path, cache):
             "max_steps": 2,
             "per_device_train_batch_size": 2,
             "learning_rate": 1e-3,
-            "resolution": None if tiny.CASES[name].waveform else 16,
-            "num_frames": tiny.CASES[name].frames,
+            "resolution": None if case.waveform else side,
+            "num_frames": case.frames,
             "save_strategy": "no",
             "disable_tqdm": True,
             "report_to": [],
@@ -83,7 +93,12 @@ def train(trainer) -> list[float]:
         return values
 
     trainer.compute_losses = compute_losses
-    before = {key: value.detach().clone() for key, value in trainer.model.named_parameters() if value.requires_grad}
+    before = {
+        key: value.detach().clone()
+        for key, value in trainer.model.named_parameters()
+        # HunyuanVideo 1.5 reads no image here, and no words in quotation marks.
+        if value.requires_grad and not key.startswith(("image_embedder.", "context_embedder_2."))
+    }
     trainer.train()
     moved = [key for key, value in trainer.model.named_parameters() if key in before and (value != before[key]).any()]
     assert len(losses) == 2 and all(map(math.isfinite, losses))

@@ -97,24 +97,32 @@ class TestFamilies:
         default = {family.pipeline_class: family.aspect_ratio_buckets for family in all_families()}
         assert default.pop("StableDiffusionPipeline") is False
         assert default.pop("StableDiffusionInstructPix2PixPipeline") is False
+        inpainting = ("StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", "FluxFillPipeline")
+        assert not any(default.pop(name) for name in inpainting)
         on = {name for name, value in default.items() if value}
         assert on == {
             "StableDiffusionXLPipeline",
             "StableDiffusion3Pipeline",
             "FluxPipeline",
+            "Flux2Pipeline",
+            "Flux2KleinPipeline",
+            "FluxKontextPipeline",
             "PixArtSigmaPipeline",
             "SanaPipeline",
             "QwenImagePipeline",
+            "QwenImageEditPipeline",
+            "QwenImageEditPlusPipeline",
             "ChromaPipeline",
             "AuraFlowPipeline",
             "Lumina2Pipeline",
             "ZImagePipeline",
+            "CogView4Pipeline",
         }
         # The others make videos and audio.
         others = [family for family in all_families() if family.pipeline_class in set(default) - on]
         assert others and all(family.modality != "image" for family in others)
 
-    @pytest.mark.parametrize("name", tiny.IMAGE_CASES)
+    @pytest.mark.parametrize("name", tiny.marked(tiny.IMAGE_CASES))
     def test_every_bucket_can_be_encoded_and_denoised(self, name):
         pipeline = tiny.build(name)
         family = family_for(pipeline)
@@ -131,6 +139,8 @@ class TestFamilies:
             own = family.image_conditioning(pipeline, (height, width), (0, 0), (height, width))
             conditioning = family.encode_prompts(pipeline, ["a cat"]) | {n: t[None] for n, t in own.items()}
             conditioning |= dict.fromkeys(family.condition_images, mean)
+            if family.mask_column:
+                conditioning[family.mask_column] = torch.ones(1, family.mask_channels(pipeline), *mean.shape[2:])
             with torch.no_grad():
                 prediction = family.predict(family.denoiser(pipeline), mean, torch.tensor([500.0]), conditioning)
             assert prediction.shape == mean.shape and prediction.isfinite().all()
@@ -245,7 +255,7 @@ class TestRuns:
         ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev"]
         + [
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("pixart_sigma", "sana", "qwen_image", "chroma", "auraflow", "lumina2", "z_image")
+            for name in ("pixart_sigma", "sana", "qwen_image", "chroma", "auraflow", "lumina2", "z_image", "cogview4")
         ],
     )
     def test_models_train_by_default_on_every_shape_of_the_data(self, name, kind, run, pairs):

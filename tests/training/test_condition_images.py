@@ -19,7 +19,7 @@ from trl_diffusion_pref import (
     encode_dataset,
     estimate_memory,
 )
-from trl_diffusion_pref.data import Mode, with_dropout
+from trl_diffusion_pref.data import Batch, Mode, with_dropout
 from trl_diffusion_pref.evaluation import preference_accuracy, sample
 from trl_diffusion_pref.shapes import preference_pairs
 from trl_diffusion_pref.training.sample_callback import SampleCallback
@@ -81,7 +81,8 @@ def test_of_the_rows_without_a_prompt_the_share_loses_its_image():
     mode = Mode(
         True, [], prompt_dropout=0.4, condition_dropout=0.5, empty_prompt={"prompt_embeds": torch.zeros(1, 2, 3)}
     )
-    found = with_dropout(ones, torch.tensor([0.1, 0.3, 0.5, 0.9]), mode, ["image"])
+    batch = Batch(torch.arange(4), None, {}, {}, {"image": ones["image"]}, {})
+    found = with_dropout(ones, torch.tensor([0.1, 0.3, 0.5, 0.9]), mode, batch)
     kept = {name: tensor.flatten(1).mean(dim=1).tolist() for name, tensor in found.items()}
     assert kept == {"prompt_embeds": [0, 0, 1, 1], "image": [0, 1, 1, 1], "sizes": [1, 1, 1, 1]}
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl_diffusion_pref import MaPOTrainer, SampleCallback
 from trl_diffusion_pref.data.decode.audio import Waveform
 from trl_diffusion_pref.evaluation import sample, seeds_for
+from trl_diffusion_pref.evaluation.condition_images import ConditionImages
 from trl_diffusion_pref.evaluation.sample_files import read_sample
 from trl_diffusion_pref.training.sample_callback import side_by_side
 
@@ -95,6 +96,34 @@ def test_videos_show_three_frames_and_audio_its_waveform():
     assert {0, 80, 160} <= set(picture[40, :, 0].tolist())
     audio = Waveform(torch.linspace(-1, 1, 1600)[None], 16000)
     assert (np.asarray(side_by_side([audio], [audio], ["a"])) < 128).any()
+
+
+def test_edited_images_stand_left_of_samples_of_any_size():
+    red, green, blue = (Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue"))
+    flat = [Image.new("RGB", (64, 16), colour) for colour in ("red", "lime", "blue")]
+    sources = {"image": ConditionImages([flat[0], [red, green]])}
+    picture = np.asarray(side_by_side([flat[1], green], [flat[2], blue], PROMPTS, sources))
+    # 16 pixels for the columns' names, 16 above each row for its prompt; 8 between all.
+    first, second = 16 + 16, 16 + 16 + 64 + 8 + 16
+    assert picture.shape[:2] == (second + 256 + 8 + 8, 8 + (512 + 8) + 2 * (256 + 8))
+    places = (8 + 5, 8 + 256 + 5, 8 + 512 + 8 + 5, 8 + 512 + 8 + 256 + 8 + 5)
+    colours = {(255, 0, 0): "red", (0, 255, 0): "lime", (0, 0, 255): "blue", (255, 255, 255): "white"}
+
+    def shown(line: int) -> list[str]:
+        return [colours[tuple(picture[line, x])] for x in places]
+
+    for top, height, row in (
+        (first, 64, ["red", "white", "lime", "blue"]),
+        (second, 256, ["red", "lime", "lime", "blue"]),
+    ):
+        assert shown(top) == shown(top + height - 1) == row
+        assert shown(top + height) == ["white"] * 4 and shown(top - 1)[2:] == ["white"] * 2
+
+
+def test_images_to_edit_are_checked_before_training(config, tiny_pipeline, pairs):
+    trainer = MaPOTrainer(tiny_pipeline, config(), pairs)
+    with pytest.raises(ValueError, match="generates from text alone"):
+        SampleCallback(trainer, PROMPTS, images=[Image.new("RGB", (16, 16))] * 2)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A batch as a type, and what is made of it: noisy versions of its samples, for the denoiser and its target."""
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from .prompts import PromptTable
 
 # What the columns of encoded rows begin with; `Collator` makes one mapping of each kind.
 PROMPT, SAMPLE, CONDITION, SCALAR = "prompt/", "sample/", "condition/", "scalar/"
+# The conditioning on the empty prompt that a row has of its own, since its text encoder sees its condition images.
+EMPTY_PROMPT = "empty prompt/"
 # The number of a row's prompt in the table, for rows that do not carry their own conditioning.
 PROMPT_NUMBER = "prompt"
 MEAN, STD = "latents/mean", "latents/std"
@@ -50,6 +52,8 @@ class Batch:
         sample_conditioning: Conditioning on how each sample was prepared, `(S, B, ...)`.
         conditions: Encoded condition images by column, `(B, ...)`, shared by the row's samples.
         scalars: Columns of numbers, `(B,)` or, one per sample, `(B, S)`.
+        empty_prompts: As `prompts`, on the empty prompt, where rows have one each; else `Mode.empty_prompt` is all
+            rows'.
     """
 
     rows: Tensor
@@ -58,6 +62,7 @@ class Batch:
     sample_conditioning: dict[str, Tensor]
     conditions: dict[str, Tensor]
     scalars: dict[str, Tensor]
+    empty_prompts: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def from_collated(cls, collated: Mapping[str, Any]) -> "Batch":
@@ -73,6 +78,7 @@ class Batch:
             sample_conditioning={name: tensor.float().transpose(0, 1) for name, tensor in collated["samples"].items()},
             conditions={name: tensor.float() for name, tensor in collated["conditions"].items()},
             scalars=dict(collated["scalars"]),
+            empty_prompts={name: tensor.float() for name, tensor in collated.get("empty prompts", {}).items()},
         )
 
     @property
@@ -156,7 +162,7 @@ def corrupt(batch: Batch, mode: Mode, process: NoiseProcess) -> NoisyBatch:
     x0 = batch.posterior.at(draws.posterior_noise if mode.sample_posterior else None).flatten(0, 1)
     noise = draws.noise.repeat(len(mean), *[1] * (draws.noise.ndim - 1))
     t = draws.timesteps.repeat(len(mean))
-    conditioning = with_dropout(batch.conditioning(), draws.uniform.repeat(len(mean)), mode, batch.conditions)
+    conditioning = with_dropout(batch.conditioning(), draws.uniform.repeat(len(mean)), mode, batch)
     return NoisyBatch(process.corrupt(x0, noise, t), process.model_time(t), process.target(x0, noise, t), conditioning)
 
 
@@ -166,26 +172,29 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def with_dropout(
-    conditioning: dict[str, Tensor], uniform: Tensor, mode: Mode, conditions: Collection[str]
-) -> dict[str, Tensor]:
-    """Conditioning `(B, ...)` without prompt, or without prompt and condition images, in the shares of rows of `mode`.
+def with_dropout(conditioning: dict[str, Tensor], uniform: Tensor, mode: Mode, batch: Batch) -> dict[str, Tensor]:
+    """Conditioning `(S B, ...)` without prompt, or without prompt and condition images, in the shares of `mode`.
 
     Args:
-        uniform: `(B,)`, one number in [0, 1) for each row, which decides for it.
-        conditions: Names of the condition images.
+        conditioning: On the batch's rows, S times.
+        uniform: `(S B,)`, one number in [0, 1) for each row, which decides for it.
+        batch: Says what the rows' empty prompts and condition images are.
     """
     if mode.empty_prompt is None:
         return conditioning
-    conditioning = drop_prompts(conditioning, uniform < mode.prompt_dropout, mode.empty_prompt)
-    no_images = {name: torch.zeros_like(conditioning[name][:1]) for name in conditions}
+    repeated = {
+        name: tensor.repeat(len(uniform) // len(tensor), *[1] * (tensor.ndim - 1))
+        for name, tensor in batch.empty_prompts.items()
+    }
+    conditioning = drop_prompts(conditioning, uniform < mode.prompt_dropout, repeated or mode.empty_prompt)
+    no_images = {name: torch.zeros_like(conditioning[name][:1]) for name in batch.conditions}
     return drop_prompts(conditioning, uniform < mode.prompt_dropout * mode.condition_dropout, no_images)
 
 
 def drop_prompts(
     conditioning: Mapping[str, Tensor], dropped: Tensor, empty_prompt: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Conditioning `(B, ...)` with the empty prompt's, `(1, ...)`, in the rows where `dropped`, `(B,)`, is set.
+    """Conditioning `(B, ...)` with the empty prompt's, `(1 or B, ...)`, in the rows where `dropped`, `(B,)`, is set.
 
     What the empty prompt does not have is a sample's own, and stays.
     """
@@ -212,10 +221,12 @@ class Collator:
 
         Returns:
             `row` `(B,)` int64; `latents`: `mean` and `std` `(B, S, ...)`, or nothing; `prompts`, `samples`,
-            `conditions`, `scalars`: tensors by name; in the dtypes that they are kept in.
+            `conditions`, `scalars`, `empty prompts`: tensors by name; in the dtypes that they are kept in.
         """
-
-        return grouped(rows) | {"prompts": self.prompts.conditioning([row[PROMPT_NUMBER] for row in rows])}
+        batch = grouped(rows)
+        if not batch["prompts"]:
+            batch["prompts"] = self.prompts.conditioning([row[PROMPT_NUMBER] for row in rows])
+        return batch
 
 
 def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -225,11 +236,30 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = [name for name in rows[0] if name.startswith(prefix)]
         return {name.removeprefix(prefix): torch.stack([row[name] for row in rows]) for name in names}
 
+    rows = _padded(rows)
     return {
         "row": torch.tensor([int(row["row"]) for row in rows], dtype=torch.int64),
         "latents": stacked("latents/"),
         "prompts": stacked(PROMPT),
+        "empty prompts": stacked(EMPTY_PROMPT),
         "samples": stacked(SAMPLE),
         "conditions": stacked(CONDITION),
         "scalars": stacked(SCALAR),
     }
+
+
+def _padded(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Rows whose own conditioning on prompts, of as many tokens as a prompt has, is padded with zeros to the longest.
+
+    The empty prompt's is as long, for one takes the place of the other. Masks say what is padding.
+    """
+    names = [name.removeprefix(PROMPT) for name in rows[0] if name.startswith(PROMPT) and rows[0][name].ndim]
+    padded = [dict(row) for row in rows]
+    for name in names:
+        both = [prefix + name for prefix in (PROMPT, EMPTY_PROMPT) if prefix + name in rows[0]]
+        longest = max(len(row[key]) for row in rows for key in both)
+        for row in padded:
+            for key in both:
+                missing = longest - len(row[key])
+                row[key] = torch.cat([row[key], row[key].new_zeros(missing, *row[key].shape[1:])])
+    return padded

@@ -39,6 +39,7 @@ def stored_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> i
 def row_bytes(
     latents: tuple[int, ...],
     conditioning: Mapping[str, tuple[int, ...]],
+    conditions: Mapping[str, tuple[int, ...]],
     layout: Layout,
     options: EncodingOptions,
     encoder: torch.dtype,
@@ -48,11 +49,13 @@ def row_bytes(
     Args:
         latents: Shape of one sample's.
         conditioning: Shapes of what is kept of how one sample was prepared, which is in float32.
+        conditions: Shapes of what is kept of condition images.
         encoder: The VAE's dtype.
     """
-    count = (1 + options.keep_std) * layout.num_samples + len(layout.conditions)
+    count = (1 + options.keep_std) * layout.num_samples
     numbers = layout.num_samples * sum(map(math.prod, conditioning.values()))
-    return stored_bytes({str(index): latents for index in range(count)}, options.stored_dtype(encoder)) + 4 * numbers
+    shapes = {str(index): latents for index in range(count)} | dict(conditions)
+    return stored_bytes(shapes, options.stored_dtype(encoder)) + 4 * numbers
 
 
 def rows_per_shard(bytes_per_row: int, batch_size: int) -> int:

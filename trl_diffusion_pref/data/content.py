@@ -137,7 +137,7 @@ def contents_of(
         sizes: Of which images the size is wanted; those behind URLs have to be downloaded for it.
     """
     stamps = _stamps_of(dataset, layout.media)
-    found_by = key_of(_VERSION, dataset_fingerprint(dataset), list(layout.media), sizes, stamps)
+    found_by = key_of(_VERSION, dataset_fingerprint(dataset), layout.places, sizes, stamps)
     file = folder / f"contents-{found_by.hex()}.safetensors"
     # All processes must decide alike, also where nodes have caches of their own.
     if all(gather_object([file.is_file()])):
@@ -205,7 +205,8 @@ def _read(
             # The error comes when the row is decoded.
             return key_of("wrong number"), [], []
         parts, found, wrong = [], [], []
-        for place, cell in zip(layout.places, layout.cells(cells), strict=True):
+        # A list of condition images may be shorter than its places.
+        for place, cell in zip(layout.places, layout.cells(cells), strict=False):
             url, size = _url(cell), None
             try:
                 content = read_cell(cell) if url is None or sizes == "all" else None

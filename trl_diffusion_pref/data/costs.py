@@ -81,8 +81,11 @@ def encoding_costs(
     of_sample = {name: tuple(tensor.shape) for name, tensor in preparation.uncropped_conditioning().items()}
     of_prompt = {name: shape for name, shape in inputs.conditioning.items() if name not in of_sample}
     count = layout.num_samples + len(layout.conditions)
+    # Of a cell that may have several images, one is counted.
+    names = layout.condition_names[: len(layout.conditions)]
+    conditions = family.condition_shapes(pipeline, names, preparation.shape)
     return EncodingCosts(
-        row_bytes=row_bytes(inputs.latents, of_sample, layout, options, pipeline.vae.dtype),
+        row_bytes=row_bytes(inputs.latents, of_sample, conditions, layout, options, pipeline.vae.dtype),
         prompt_bytes=stored_bytes(of_prompt, options.stored_dtype(family.text_dtype(pipeline))),
         row_memory=_ROW_BYTES,
         prompt_memory=_PROMPT_BYTES + _LETTERS,
@@ -100,10 +103,17 @@ def vae_flops(pipeline: DiffusionPipeline, family: Family, shape: tuple[int, ...
 
 
 def text_flops(pipeline: DiffusionPipeline, family: Family) -> Mapping[str, int]:
-    """Floating-point operations of each text encoder for one prompt, whose tokens are padded to its limit."""
+    """Floating-point operations of each text encoder for one prompt, whose tokens are padded to its limit.
+
+    What an encoder does to see images is not counted.
+    """
     flops = {}
+    shapes = family.conditioning_shapes(pipeline).values() if family.prompts_see_images else ()
+    assumed = max((shape[0] for shape in shapes if len(shape) == 2), default=None)
     for name, limit in family.token_limits(pipeline).items():
         encoder: Any = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+        # Nothing is cut where an encoder sees images; the limit is then none.
+        limit = limit if assumed is None else assumed
         if isinstance(encoder, ClapModel):
             # The other half of it hears.
             encoder = encoder.text_model

@@ -105,6 +105,11 @@ class DatasetEncoder:
             return self.preparation.uncropped_conditioning()
 
     @property
+    def own_prompts(self) -> bool:
+        """Whether rows have the conditioning on their own prompts, since the text encoder sees their images."""
+        return bool(self.layout.conditions) and self.family.prompts_see_images
+
+    @property
     def collator(self) -> Collator:
         return Collator(self.prompts)
 
@@ -160,6 +165,8 @@ class DatasetEncoder:
         report = truncation_report(prompts, self.pipeline, self.family)
         if report:
             logger.warning(report)
+        if self.own_prompts:
+            prompts = []
         table = encode_prompt_table(
             prompts,
             self.pipeline,
@@ -254,7 +261,7 @@ class DatasetEncoder:
             first_captions=first_captions,
             scalars=columns,
             buckets=buckets,
-            sizes=self.samples.sizes,
+            sizes=[] if samples is None else samples.sizes,
             record=record,
             fingerprint=key_of(*parts).hex(),
             left_out=left_out,
@@ -277,7 +284,9 @@ class DatasetEncoder:
         for start in range(0, len(good), _READ_AT_ONCE):
             rows = [captions_of(cell) for cell in prompts[good[start : start + _READ_AT_ONCE].tolist()]["prompt"]]
             content.update(json.dumps(rows).encode())
-            numbers.append(self.prompts.numbers([caption for row in rows for caption in row]))
+            # The table has the empty prompt alone where rows have the conditioning on their own.
+            known = [["" for _ in row] for row in rows] if self.own_prompts else rows
+            numbers.append(self.prompts.numbers([caption for row in known for caption in row]))
             counts.append(np.asarray([len(row) for row in rows], dtype=np.int64))
         return np.concatenate(numbers), np.cumsum(np.concatenate(counts)), content.digest()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..families import Family
@@ -22,22 +22,27 @@ Load = Callable[[Sequence[str]], Mapping[str, nn.Module]]
 @contextmanager
 def on_device(pipeline: DiffusionPipeline, family: Family, device: torch.device) -> Iterator[None]:
     """Keeps the pipeline's encoders on a device for the duration, then puts them back where they were."""
-    encoders = family.encoders(pipeline)
-    before = [(encoder.device, encoder.training) for encoder in encoders]
+    with _all_on(family.encoders(pipeline), device):
+        yield
+
+
+@contextmanager
+def _all_on(modules: Sequence[ModelMixin], device: torch.device) -> Iterator[None]:
+    before = [(module.device, module.training) for module in modules]
     try:
-        for encoder in encoders:
-            encoder.to(device).eval()
+        for module in modules:
+            module.to(device).eval()
         yield
     finally:
-        for encoder, (source, training) in zip(encoders, before, strict=True):
-            encoder.to(source).train(training)
+        for module, (source, training) in zip(modules, before, strict=True):
+            module.to(source).train(training)
 
 
 class Encoders:
     """The encoders of a pipeline, which may leave memory while they are not needed.
 
-    The modules stay in the pipeline, with their configs, so that whoever holds them needs not know; only their weights
-    go, and come back from where they were loaded.
+    So may denoisers that are not trained. The modules stay in the pipeline, with their configs, so that whoever holds
+    them needs not know; only their weights go, and come back from where they were loaded.
 
     Args:
         load: None for a pipeline whose owner holds it, and whose encoders therefore stay.
@@ -66,8 +71,9 @@ class Encoders:
     def stay_on(self, device: torch.device) -> None:
         """Moves them for good, for data that are encoded as they are read."""
         self.bring_back()
-        self.move(device)
-        self._stay = True
+        for encoder in self.family.encoders(self.pipeline):
+            encoder.to(device).eval()
+        self._device, self._stay = device, True
 
     def leave_device(self) -> None:
         """Moves them to the CPU, unless they stay."""
@@ -131,13 +137,19 @@ class Encoders:
                 self.release()
 
     @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
-        """Has them on a device for the duration, then puts them back where they were."""
-        with self.present(), on_device(self.pipeline, self.family, device):
-            yield
+    def on_device(self, device: torch.device, *, to_sample: bool = False) -> Iterator[None]:
+        """Has them on a device for the duration, then puts them back where they were.
+
+        Args:
+            to_sample: Also the denoisers that are not trained.
+        """
+        with self.present():
+            modules = list(self._modules().values()) if to_sample else self.family.encoders(self.pipeline)
+            with _all_on(modules, device):
+                yield
 
     def _modules(self) -> dict[str, nn.Module]:
-        names = self.family.encoder_names
+        names = (*self.family.encoder_names, *self.family.idle_denoisers)
         return {name: module for name in names if (module := getattr(self.pipeline, name, None)) is not None}
 
 

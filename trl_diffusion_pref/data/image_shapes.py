@@ -21,7 +21,7 @@ _NOTEWORTHY_CROP = 0.25
 def shape_problems(
     sizes: np.ndarray, layout: Layout, policy: BadRowPolicy, buckets: BucketOptions | None
 ) -> list[RowProblem]:
-    """Images that are too small or too thin, and rows whose samples differ too much in shape.
+    """Images that are too small or too thin, masks of another size, rows whose samples differ too much in shape.
 
     Args:
         sizes: `(N, M, 2)` widths and heights in pixels of each row's images as they are shown, samples first; 0 where
@@ -42,6 +42,16 @@ def shape_problems(
     report(
         long > policy.max_aspect_ratio * short, f"max_aspect_ratio is {policy.max_aspect_ratio:g}", "too long and thin"
     )
+    if layout.mask is not None:
+        mask = count + layout.conditions.index(layout.mask)
+        both = known[:, [mask - 1, mask]].all(axis=1)
+        for row in np.flatnonzero(both & (sizes[:, mask] != sizes[:, mask - 1]).any(axis=1)).tolist():
+            (width, height), (of_mask_width, of_mask_height) = sizes[row, [mask - 1, mask]].tolist()
+            reason = (
+                f"a mask of {of_mask_width}x{of_mask_height} pixels, but the image in column "
+                f"'{layout.conditions[mask - count - 1]}' has {width}x{height}; scale the mask to the image's size"
+            )
+            problems.append(RowProblem(row, layout.places[mask], reason, "different sizes"))
     if buckets is not None and count > 1 and buckets.on_aspect_difference != "crop":
         rows = np.flatnonzero(known[:, :count].all(axis=1))
         differences = aspect_differences(sizes[rows, :count])

@@ -1,10 +1,11 @@
 """The layouts in which preference data sets are published: one table, and which entry fits a data set's columns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from ..families import all_families
 from .preference_labels import (
     PREFERS_FIRST,
     PREFERS_SECOND,
@@ -190,23 +191,19 @@ KNOWN_LAYOUTS: tuple[KnownLayout, ...] = (
         ranking_id="prompt_id",
         graded=True,
     ),
-    KnownLayout(
-        name="images with scores",
-        prompt="prompt",
-        samples=("images",),
-        labels=("scores",),
-        read_scores=partial(list_of_scores, column="scores"),
-        shape="list",
-        graded=True,
-    ),
-    KnownLayout(
-        name="images with ranks",
-        prompt="prompt",
-        samples=("images",),
-        labels=("ranks",),
-        read_scores=partial(list_of_ranks, column="ranks"),
-        shape="list",
-        graded=True,
+    *(
+        KnownLayout(
+            name=f"{samples} with {labels}",
+            prompt="prompt",
+            samples=("images",),
+            labels=(labels,),
+            read_scores=partial(read_scores, column=labels),
+            shape="list",
+            condition=condition,
+            graded=True,
+        )
+        for samples, condition in (("images", None), ("edits", "image"))
+        for labels, read_scores in (("scores", list_of_scores), ("ranks", list_of_ranks))
     ),
 )
 
@@ -255,6 +252,18 @@ class Match:
         """The columns that `read_scores` reads, by the layout's names."""
         names = (*self.layout.labels, *self.layout.optional)
         return {name: self.columns[name] for name in names if name in self.columns}
+
+
+def condition_columns(columns: Collection[str]) -> dict[str, str]:
+    """Columns of condition images as families name them, with what they are called here.
+
+    `images` may stand for `image`; beside scores or ranks they are the samples of a ranking.
+    """
+    named = {"image": "image" if "image" in columns else "images"}
+    if named["image"] not in columns or (named["image"] == "images" and {"scores", "ranks"} & set(columns)):
+        return {}
+    known = {column for family in all_families() for column in family.condition_images}
+    return named | {column: column for column in sorted(known - {"image"}) if column in columns}
 
 
 def _translated(layout: KnownLayout, column_map: Mapping[str, str]) -> dict[str, str]:

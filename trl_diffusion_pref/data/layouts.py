@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from ..diffusion.randomness import CAPTION, generator_for
-from ..families import all_families
+from ..families import Family, all_families, editing_pipelines
 from .bad_rows import RowProblem
 
 
@@ -44,6 +44,8 @@ class Layout:
             They are the first axis of a batch's latents, in this order.
         samples_per_cell: For rankings: `samples` is then one column, and each of its cells a list of so many samples.
         conditions: Columns of images that the model is conditioned on, shared by the row's samples.
+        mask: The one of `conditions` that is a mask of the one before it, and has its size; None without.
+        images_per_cell: How many images a cell of the last of them may have: above 1, one image or a list.
         scalars: Columns of numbers, one per row or, for rankings, one per sample.
         optional_scalars: The same, read where the data set has them.
         ranges: What the numbers of a column may be: the least and the largest, or all that there are. Columns that are
@@ -53,6 +55,8 @@ class Layout:
     samples: tuple[str, ...] = ()
     samples_per_cell: int | None = None
     conditions: tuple[str, ...] = ()
+    mask: str | None = None
+    images_per_cell: int = 1
     scalars: tuple[str, ...] = ()
     optional_scalars: tuple[str, ...] = ()
     ranges: Mapping[str, Between | OneOf] = field(default_factory=dict)
@@ -67,9 +71,26 @@ class Layout:
         """Samples of a row."""
         return len(self.samples) * (self.samples_per_cell or 1)
 
-    def conditioned_on(self, images: Sequence[str]) -> "Layout":
-        """The same with columns of condition images, see `Family.condition_images`; without any, unchanged."""
-        return replace(self, conditions=tuple(images)) if images else self
+    def conditioned_on(self, family: Family, columns: Sequence[str] | None = None) -> "Layout":
+        """The same with the columns of condition images that a family's pipelines take; unchanged if they take none.
+
+        Args:
+            columns: Those of the data set, if it is known. Where condition images are optional and it has none, the
+                pipeline generates from text alone, and samples called "edited_image" are in the column "image".
+        """
+        if not family.condition_images:
+            return self
+        plain = tuple(name.removeprefix("edited_") for name in self.samples)
+        if family.condition_is_optional and plain != self.samples and not set(self.samples) <= set(columns or ()):
+            return replace(self, samples=plain)
+        if family.condition_is_optional and not set(family.condition_images) & set(columns or ()):
+            return self
+        return replace(
+            self,
+            conditions=family.condition_images,
+            mask=family.mask_column,
+            images_per_cell=family.max_condition_images,
+        )
 
     def scalars_of(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The columns of numbers that a data set with these columns has."""
@@ -82,21 +103,39 @@ class Layout:
 
     @property
     def places(self) -> list[str]:
-        """Where each sample of a row stands, then each condition image, in words."""
-        columns = [f"column '{name}'" for name in self.media]
-        if self.samples_per_cell is None:
-            return columns
-        numbered = [f"{columns[0]}, number {index}" for index in range(self.samples_per_cell)]
-        return [*numbered, *columns[1:]]
+        """Where each sample of a row stands, then each condition image that it may have, in words."""
+
+        def of(columns: Sequence[str], count: int | None) -> list[str]:
+            names = [f"column '{name}'" for name in columns]
+            return names if count is None else [*names[:-1], *(f"{names[-1]}, number {n}" for n in range(count))]
+
+        several = self.images_per_cell if self.images_per_cell > 1 else None
+        return [*of(self.samples, self.samples_per_cell), *of(self.conditions, several)]
+
+    @property
+    def condition_names(self) -> list[str]:
+        """Of the condition images that a row may have, as `Family.encode_conditions` takes them."""
+        if self.images_per_cell == 1:
+            return list(self.conditions)
+        *others, last = self.conditions
+        return [*others, *(f"{last}/{number}" for number in range(self.images_per_cell))]
 
     def cells(self, row: dict[str, Any]) -> list[Any]:
-        """A row's samples, then its condition images, in the order of `places`."""
-        if self.samples_per_cell is None:
-            return [row[name] for name in self.media]
-        return [*row[self.samples[0]], *(row[name] for name in self.conditions)]
+        """A row's samples, then its condition images, in the order of `places`; the last ones may be missing."""
+        samples = [row[name] for name in self.samples]
+        conditions = [row[name] for name in self.conditions]
+        if self.samples_per_cell is not None:
+            samples = list(row[self.samples[0]])
+        if self.images_per_cell > 1 and isinstance(conditions[-1], (list, tuple)):
+            conditions = [*conditions[:-1], *conditions[-1]]
+        return samples + conditions
 
     def problem(self, row: dict[str, Any]) -> tuple[str, str] | None:
-        """Where a row's cell has another number of samples, and how many; or None."""
+        """Where a row's cell has a number of samples or condition images that it may not have; or None."""
+        if self.images_per_cell > 1 and isinstance(cell := row[self.conditions[-1]], (list, tuple)):
+            if not 1 <= len(cell) <= self.images_per_cell:
+                message = f"found {len(cell)} images, and the pipeline takes 1 to {self.images_per_cell}"
+                return f"column '{self.conditions[-1]}'", message
         for column in self.samples if self.samples_per_cell is not None else ():
             found = len(row[column]) if isinstance(row[column], (list, tuple)) else None
             if found != self.samples_per_cell:
@@ -149,9 +188,16 @@ def check_columns(
     columns = column_names(dataset)
     missing = [name for name in needed if name not in columns]
     if missing and set(missing) <= set(layout.conditions):
+        needs = "the pipeline edits images, and each row needs the image that its samples were made from"
+        if layout.mask is not None:
+            image = layout.conditions[layout.conditions.index(layout.mask) - 1]
+            needs = (
+                f"the pipeline fills in a part of an image, and each row needs the {image} and its {layout.mask}, of "
+                "the same size, white where the samples were generated and black where they show the image"
+            )
         raise ValueError(
-            f"{label} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: the pipeline edits images, and "
-            f"each row needs the image that its samples were made from. Found: {', '.join(columns)}. Rename yours: "
+            f"{label} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: {needs}. "
+            f"Found: {', '.join(columns)}. Rename yours: "
             f"dataset.rename_columns({{'your_name': '{missing[0]}'}}); or train a pipeline that generates from text."
         )
     if missing:
@@ -171,18 +217,35 @@ def check_columns(
         )
 
 
-def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout: Layout) -> None:
-    """Raises if pairs have condition images that an algorithm would not see: they are pairs for editing.
+def with_condition_column(dataset: Any, family: Family) -> Any:
+    """A data set whose condition images are in the family's column, also where that is called `images`."""
+    if family.max_condition_images == 1 or not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
+    column, columns = family.condition_images[-1], column_names(dataset)
+    return dataset.rename_column("images", column) if "images" in columns and column not in columns else dataset
+
+
+def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout: Layout, family: Family) -> None:
+    """Raises if pairs have condition images or masks that an algorithm would not see: they are pairs for editing.
 
     Raises:
         ValueError: They have.
     """
-    if layout.samples == PAIRS.samples and not layout.conditions and "image" in column_names(dataset):
-        editing = [family.pipeline_class for family in all_families() if family.condition_images]
+    found = next((name for name in ("image", "images") if name in column_names(dataset)), None)
+    if layout.samples == PAIRS.samples and not layout.conditions and found is not None:
         raise ValueError(
-            f"{label} has the column image, from which chosen and rejected were edited, and the trained model sees "
-            f"the prompt alone. Train a pipeline that takes condition images ({', '.join(editing)}), or, to train on "
-            "the prompts all the same, remove the column: load_pairs(...).remove_columns('image')."
+            f"{label} has the column {found}, from which chosen and rejected were edited, and the trained model sees "
+            "the prompt alone. Train a pipeline that takes condition images "
+            f"({editing_pipelines(family)}), or, to train on the prompts all the same, remove the column: "
+            f"load_pairs(...).remove_columns('{found}')."
+        )
+    inpainting = [each for each in all_families() if each.mask_column in column_names(dataset)]
+    mask = next((each.mask_column for each in inpainting if each.mask_column not in layout.conditions), None)
+    if layout.samples == PAIRS.samples and mask is not None:
+        raise ValueError(
+            f"{label} has the column {mask}, with the part of each image that was generated, and the trained model "
+            f"sees no mask. Train a pipeline that does ({', '.join(each.pipeline_class for each in inpainting)}), or "
+            f"remove the column: load_pairs(...).remove_columns('{mask}')."
         )
 
 

@@ -263,6 +263,8 @@ class _Reader:
             if not self.any_columns or self.column_map:
                 raise
             media = tuple(name for name in SINGLE_SAMPLES if name in columns)
+        # Pairs may have condition images beside what their layout is recognised by.
+        media = tuple(dict.fromkeys([*media, *(name for name in ("image", "images") if name in columns)]))
         if dataset.features is not None:
             media = tuple(name for name in media if _holds_paths(dataset.features[name]))
         if isinstance(dataset, IterableDataset):
@@ -273,7 +275,7 @@ class _Reader:
             return dataset.map(partial(_absolute_cells, columns=media, folder=folder), features=features)
         for name in media:
             feature = dataset.features[name]
-            paths = [_absolute(cell, folder) for cell in dataset[name]]
+            paths = [absolute_cell(cell, folder) for cell in dataset[name]]
             # The column alone is replaced, in memory; the others are not copied.
             dataset = dataset.remove_columns(name).add_column(name, paths, feature=feature)
         return dataset
@@ -356,13 +358,13 @@ def _is_arrow_stream(file: Path) -> bool:
 
 
 def _absolute_cells(row: dict[str, Any], columns: Sequence[str], folder: Path) -> dict[str, Any]:
-    return {column: _absolute(row[column], folder) for column in columns}
+    return {column: absolute_cell(row[column], folder) for column in columns}
 
 
-def _absolute(cell: Any, folder: Path) -> Any:
+def absolute_cell(cell: Any, folder: Path) -> Any:
     """A path, or each of a list, that is relative to a folder; URLs, absolute paths and all else unchanged."""
     if isinstance(cell, list):
-        return [_absolute(item, folder) for item in cell]
+        return [absolute_cell(item, folder) for item in cell]
     if not isinstance(cell, str) or "://" in cell or cell.startswith("data:") or os.path.isabs(cell):
         return cell
     return str(folder / cell)

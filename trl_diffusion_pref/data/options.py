@@ -30,6 +30,8 @@ class EncodingOptions:
         cache_dtype: In which latents and prompt embeddings are kept; "auto" for the encoder's own half precision, or
             float16 where that is float32.
         keep_std: Whether the posterior's standard deviation is kept, which only sampling from it needs.
+        keep_empty_prompt: Whether rows whose text encoder sees their condition images also keep the conditioning on
+            the empty prompt, which prompt dropout and a guided teacher need.
         buckets: Whether images of several shapes are encoded in their own.
         bad_rows: What happens with rows that cannot be used.
         pairs: How rows became pairs, which a run that takes an encoded data set compares with its own.
@@ -42,6 +44,7 @@ class EncodingOptions:
     seed: int = 0
     cache_dtype: CacheDtype = "auto"
     keep_std: bool = True
+    keep_empty_prompt: bool = False
     buckets: BucketOptions = field(default_factory=BucketOptions)
     bad_rows: BadRowPolicy = field(default_factory=BadRowPolicy)
     pairs: PairOptions | None = None

@@ -123,11 +123,15 @@ def _from_lists(dataset: Dataset, match: Match, table: PairTable, label: str) ->
     sample = _element(dataset.features[column])
     features = Features({"prompt": dataset.features[match.prompt]})
     features |= {name: _undecoded_struct(sample) for name in ("chosen", "rejected")}
+    columns = [match.prompt, column]
+    if match.condition is not None:
+        features["image"] = _undecoded_struct(dataset.features[match.condition])
+        columns.append(match.condition)
     if table.soft_labels is not None:
         features["soft_label"] = Value("float64")
     rows, starts = np.unique(table.rows, return_index=True)  # rows are in ascending order
     ends = [*starts[1:], len(table.rows)]
-    source = dataset.select_columns([match.prompt, column]).select(rows)
+    source = dataset.select_columns(columns).select(rows)
 
     def pairs_of(batch: pa.Table, numbers: list[int]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {name: [] for name in features}
@@ -136,6 +140,8 @@ def _from_lists(dataset: Dataset, match: Match, table: PairTable, label: str) ->
                 made["prompt"].append(row[match.prompt])
                 made["chosen"].append(row[column][table.chosen[pair]])
                 made["rejected"].append(row[column][table.rejected[pair]])
+                if match.condition is not None:
+                    made["image"].append(row[match.condition])
                 if table.soft_labels is not None:
                     made["soft_label"].append(table.soft_labels[pair])
         return made
@@ -156,7 +162,7 @@ def _from_lists(dataset: Dataset, match: Match, table: PairTable, label: str) ->
     for name in ("chosen", "rejected"):
         if isinstance(sample, (Audio, Image, Video)):
             pairs = pairs.cast_column(name, sample)
-    return pairs
+    return pairs if match.condition is None else pairs.cast_column("image", dataset.features[match.condition])
 
 
 def _from_rows(dataset: Dataset, match: Match, table: PairTable, label: str) -> Dataset:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..families import AudioFamily, Family, VideoFamily
 from .decode.audio import Waveform, decode_audio, fit, mix, resample
 from .decode.cell import GENERATED, CellProblem, Kind, kind_of, read_cell, undecoded_feature
-from .decode.image import crop_top_left, cropped_share, decode_image, prepare_image
+from .decode.image import crop_top_left, cropped_share, decode_image, prepare_image, stretch_image
 from .decode.video import decode_video
 from .resolution import Resolution
 
@@ -67,6 +67,33 @@ class Preparation(ABC, Generic[Decoded]):
             message = f"found {article}, but {self.pipeline_class} generates {GENERATED[self.noun]}"
             raise CellProblem(message, "wrong type") from None
 
+    def decode_condition(self, cell: object) -> PILImage.Image:
+        """Decodes a cell with a condition image, which is an image also where samples are videos.
+
+        Raises:
+            CellProblem: It cannot be used.
+        """
+        cell = read_cell(cell)
+        if (found := kind_of(cell)) not in (None, "image"):
+            raise CellProblem(f"found a {found}, but {self.pipeline_class} is conditioned on images", "wrong type")
+        image = decode_image(cell)
+        try:
+            self.family.check_condition(self.pipeline, image)
+        except ValueError as error:
+            raise CellProblem(f"the {self.pipeline_class} refuses it: {error}", "wrong format") from error
+        return image
+
+    def condition_tensor(self, image: PILImage.Image, count: int, crop_at: tuple[float, float], flip: bool) -> Tensor:
+        """A condition image as the pipeline prepares it, `(3, H, W)` float32 in [-1, 1].
+
+        Args:
+            count: How many condition images the row has.
+        """
+        if not self.family.own_condition_sizes:
+            return prepare_image(image, (self.shape[-2], self.shape[-1]), crop_at, flip)
+        size = self.family.condition_size(self.pipeline, (image.height, image.width), count)
+        return stretch_image(self.family.cut_condition(self.pipeline, image, size), size, flip)
+
     @abstractmethod
     def _decode(self, cell: object) -> Decoded:
         """Decodes a cell whose file has been read; raises `CellProblem` if it cannot be used."""
@@ -90,6 +117,10 @@ class Preparation(ABC, Generic[Decoded]):
     def notes(self, decoded: Decoded) -> dict[str, str]:
         """Changes to a cell that the user should know of: a kind, of which one is enough, and the message."""
         return {}
+
+    def condition_notes(self, image: PILImage.Image) -> dict[str, str]:
+        """The same of a condition image that is brought to the sample's size."""
+        return _crop_notes("an image", image.size, (self.shape[-2], self.shape[-1]))
 
 
 class ImagePreparation(Preparation[PILImage.Image]):

@@ -13,9 +13,10 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from ..families import Family
+from ..families.denoisers import CHOICE
 from ..fingerprint import weights_fingerprint
 from .cache import Part, encode_missing, rows_per_shard, stored_bytes
 from .options import EncodingOptions, as_stored
@@ -170,7 +171,7 @@ def text_record(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
     own = sorted(set(pipeline.config) - set(pipeline.components))
     configs = {
         "pipeline": {key: pipeline.config[key] for key in own},
-        family.denoiser_name: dict(family.denoiser_config(pipeline)),
+        (family.denoiser_names or (family.denoiser_name,))[0]: dict(family.denoiser_config(pipeline)),
     }
     record = {
         "text encoders": {
@@ -180,15 +181,22 @@ def text_record(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
         },
         "tokenizers": {
             name: key_of(_tokenizer_description(part)).hex()
-            for name, part in pipeline.components.items()
+            for name, part in ((name, _tokenizer_of(part)) for name, part in pipeline.components.items())
             if isinstance(part, PreTrainedTokenizerBase)
+        },
+        # How images are prepared for an encoder that sees them.
+        **{
+            name: json.loads(part.to_json_string())
+            for name, part in pipeline.components.items()
+            if isinstance(part, ProcessorMixin) and family.prompts_see_images
         },
         "configs": {
             name: {key: value for key, value in config.items() if not key.startswith("_")}
             for name, config in configs.items()
         },
         "cleaned prompt": family.tokenized_text(pipeline, _CLEANED_IF_POSSIBLE),
-        "family": vars(family),
+        # Which denoiser is trained changes no prompt.
+        "family": {name: value for name, value in vars(family).items() if name not in CHOICE},
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
@@ -198,6 +206,11 @@ def text_record(pipeline: DiffusionPipeline, family: Family) -> dict[str, Any]:
 def text_fingerprint(pipeline: DiffusionPipeline, family: Family) -> str:
     """Of `text_record`."""
     return key_of(text_record(pipeline, family)).hex()
+
+
+def _tokenizer_of(part: Any) -> Any:
+    """A pipeline's tokenizer itself, where what it calls its tokenizer is a processor of texts and images."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
 def _tokenizer_description(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -311,7 +324,8 @@ def cut_prompts(prompts: Sequence[str], pipeline: DiffusionPipeline, family: Fam
     for start in range(0, len(prompts), _TOKENIZED_AT_ONCE):
         texts = [family.tokenized_text(pipeline, prompt) for prompt in prompts[start : start + _TOKENIZED_AT_ONCE]]
         for name, limit in limits.items():
-            counts[name] += sum(len(row) > limit for row in getattr(pipeline, name)(texts, verbose=False)["input_ids"])
+            tokenized = _tokenizer_of(getattr(pipeline, name))(texts, verbose=False)
+            counts[name] += sum(len(row) > limit for row in tokenized["input_ids"])
     return {name: (count, limits[name]) for name, count in counts.items() if count}
 
 

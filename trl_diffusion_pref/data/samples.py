@@ -24,6 +24,7 @@ from .image_shapes import cropping_report, log_cropping, shape_problems
 from .layouts import Layout
 from .options import EncodingOptions
 from .preparation import ImagePreparation, Preparation
+from .prompts import text_record
 from .shards import ShardedTensors, as_keys, key_of
 
 
@@ -40,13 +41,16 @@ class EncodedSamples:
     Args:
         shards: Where they are.
         keys: `(N,)`, by which each row is found there.
-        buckets: `(N,)`, which size each row has.
+        buckets: `(N,)`, by which rows go into batches: those of one number have samples, and condition images, of one
+            size.
+        sizes: By these numbers, height and width of the samples; empty where all rows are alike.
         problems: Rows that cannot be used, and are not there.
     """
 
     shards: ShardedTensors
     keys: np.ndarray
     buckets: np.ndarray
+    sizes: list[tuple[int, int]]
     problems: list[RowProblem]
 
 
@@ -116,13 +120,34 @@ class SampleEncoder:
             "resolution": [list(size) for size in self.sizes] if self.sizes else list(preparation.shape[1:]),
             "prepared as": [self.family.modality, preparation.shape[0], *preparation.key],
             "samples": [*self.layout.samples, self.layout.samples_per_cell or 1],
-            "conditions": list(self.layout.conditions),
+            **self._conditions_record(),
         }
+
+    def _conditions_record(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"conditions": list(self.layout.conditions)}
+        if not self.layout.conditions:
+            return record
+        if self.family.own_condition_sizes:
+            record["condition images prepared with"] = vars(self.family)
+        if self.family.prompts_see_images:
+            record["prompts seen with condition images"] = text_record(self.pipeline, self.family)
+            record["keep_empty_prompt"] = self.options.keep_empty_prompt
+        return record
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is read of a row to encode it."""
+        return (
+            *self.layout.media,
+            *(("prompt",) if self.layout.conditions and self.family.prompts_see_images else ()),
+        )
 
     def bytes_per_row(self) -> int:
         """Bytes that one row takes on disk."""
         of_sample = {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
-        return row_bytes(self.latent_shape, of_sample, self.layout, self.options, self.pipeline.vae.dtype)
+        conditions = self.family.condition_shapes(self.pipeline, self.layout.condition_names, self.preparation.shape)
+        options: Any = {"layout": self.layout, "options": self.options, "encoder": self.pipeline.vae.dtype}
+        return row_bytes(self.latent_shape, of_sample, conditions, **options)
 
     def encode(self, undecoded: Dataset, label: str, bad: Sequence[int], found_bad: bool) -> EncodedSamples:
         """Encodes the rows that are not in the cache, with all processes.
@@ -137,7 +162,8 @@ class SampleEncoder:
             found_bad: Whether there are such rows, also among those that are not in `undecoded`.
         """
         is_image, count = isinstance(self.preparation, ImagePreparation), len(undecoded)
-        wanted: Literal["none", "local", "all"] = "all" if self.sizes else "local" if is_image else "none"
+        own_sizes = bool(self.layout.conditions) and self.family.own_condition_sizes
+        wanted: Literal["none", "local", "all"] = "all" if self.sizes or own_sizes else "local" if is_image else "none"
         contents = contents_of(undecoded, self.layout, label, self.cache_folder, sizes=wanted)
         problems = list(contents.problems)
         if is_image:
@@ -152,19 +178,24 @@ class SampleEncoder:
         reported = None
         if isinstance(self.preparation, ImagePreparation):
             shapes = self.sizes or [self.preparation.size]
-            reported = cropping_report(contents.sizes[good], buckets[good], shapes)
+            cropped = contents.sizes[good, : self.layout.num_samples] if own_sizes else contents.sizes[good]
+            reported = cropping_report(cropped, buckets[good], shapes)
             if reported is not None:
                 log_cropping(reported, label)
-        keys = self._row_keys(contents.keys, buckets)
+        keys = self._row_keys(contents.keys, buckets, undecoded)
+        sizes, of_samples_alone = self.sizes, buckets
+        if own_sizes:
+            buckets, sizes = self._by_condition_sizes(contents.sizes[:, self.layout.num_samples :], buckets, good)
         shards = ShardedTensors(self.cache_folder / f"samples-{key_of(self.record()).hex()}")
         policy = self.options.bad_rows
         stop = policy.on_bad_row == "raise"
         if (stop and found_bad) or any(map(policy.stops, problems)):
-            found = self._problems_of(undecoded, good[shards.locate(keys[good])[:, 0] < 0], buckets)
+            missing = good[shards.locate(keys[good])[:, 0] < 0]
+            found = self._problems_of(undecoded, missing, of_samples_alone)
         else:
             bytes_per_row = self.bytes_per_row()
             size = rows_per_shard(bytes_per_row, self.batch_size)
-            share = _ShardEncoder(self, undecoded, buckets, stop=stop)
+            share = _ShardEncoder(self, undecoded, of_samples_alone, stop=stop)
             options: dict[str, Any] = {"label": label, "bytes_per_row": bytes_per_row}
             found = encode_missing(
                 shards, keys, good, lambda rows: _one_bucket_each(rows, buckets, size), share.encode, **options
@@ -175,15 +206,47 @@ class SampleEncoder:
             # The report has counted it already where all sizes are known.
             if kind != "crop" or reported is None or reported.unknown:
                 logger.warning("%s: %s", label, note)
-        return EncodedSamples(shards, keys, buckets, problems)
+        return EncodedSamples(shards, keys, buckets, sizes, problems)
 
-    def _row_keys(self, contents: np.ndarray, buckets: np.ndarray) -> np.ndarray:
-        """Of each row: its content, its size with buckets, and its draws where there are any."""
-        if not (self.sizes or self.options.draws):
+    def _by_condition_sizes(
+        self, sizes: np.ndarray, buckets: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Buckets divided by the sizes that condition images are brought to, and the size of the samples in each.
+
+        Args:
+            sizes: `(N, M, 2)`, widths and heights of the condition images; 0 where a row has no more, or where nobody
+                knows, and then decoding will say why.
+            buckets: `(N,)`, of the samples.
+            rows: Those that can be used.
+        """
+        kinds, of_row = np.unique(
+            np.concatenate([buckets[rows, None], sizes[rows].reshape(len(rows), -1)], axis=1),
+            axis=0,
+            return_inverse=True,
+        )
+        numbers: dict[tuple, int] = {}
+        shapes = []
+        for bucket, *flat in kinds.tolist():
+            known = [(height, width) for width, height in zip(flat[::2], flat[1::2], strict=True) if width and height]
+            prepared = [self.family.condition_size(self.pipeline, size, len(known)) for size in known]
+            shapes.append(numbers.setdefault((bucket, *prepared), len(numbers)))
+        divided = np.zeros(len(buckets), dtype=np.int32)
+        divided[rows] = np.asarray(shapes, dtype=np.int32)[of_row.reshape(-1)] if len(rows) else 0
+        if len(numbers) == 1 and not self.sizes:
+            return divided, []
+        height, width = self.preparation.shape[-2:]
+        return divided, [self.sizes[bucket] if self.sizes else (height, width) for bucket, *_ in numbers]
+
+    def _row_keys(self, contents: np.ndarray, buckets: np.ndarray, undecoded: Dataset) -> np.ndarray:
+        """Of each row: its content, its size with buckets, its draws where there are any, and a seen prompt."""
+        prompts = undecoded["prompt"] if "prompt" in self.columns else None
+        if not (self.sizes or self.options.draws or prompts is not None):
             return contents
         sizes = [self.sizes[bucket] if self.sizes else () for bucket in buckets.tolist()]
         draws = [[self.options.seed, row] if self.options.draws else [] for row in range(len(contents))]
-        return as_keys(key_of(content.tobytes(), *rest) for content, *rest in zip(contents, sizes, draws, strict=True))
+        texts = [[]] * len(contents) if prompts is None else [[prompt] for prompt in prompts]
+        parts = zip(contents, sizes, draws, texts, strict=True)
+        return as_keys(key_of(content.tobytes(), size, draw, *text) for content, size, draw, text in parts)
 
     def row_encoder(self, bucket: int) -> RowEncoder:
         """Encodes rows of one size."""
@@ -224,7 +287,7 @@ class _ShardEncoder:
     def encode(self, rows: np.ndarray) -> Part:
         """The part of one shard, whose rows have one size."""
         row_encoder, part = self.encoder.row_encoder(int(self.buckets[rows[0]])), Part(rows[:0], [])
-        read = batches(self.undecoded, self.encoder.layout.media, rows.tolist(), self.encoder.batch_size)
+        read = batches(self.undecoded, self.encoder.columns, rows.tolist(), self.encoder.batch_size)
         encoded: list[int] = []
         with ThreadPoolExecutor(max_workers=4) as pool, ThreadPoolExecutor(max_workers=1) as ahead:
 

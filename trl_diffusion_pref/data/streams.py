@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from .bad_rows import RowProblem
-from .batch import PROMPT, SCALAR, grouped
+from .batch import CONDITION, PROMPT, SCALAR, grouped
 from .encoding import PreparedRow, RowEncoder
 from .layouts import caption_number, captions_of, prompt_problems, scalar_problems
 from .options import as_stored
@@ -147,7 +147,10 @@ class EncodedStream:
             return None
         for row, _ in kept:
             self._report({kind: f"is streamed: {text}" for kind, text in row.prepared.notes.items()})
-        conditioning = self._conditioning([self._caption(row) for row, _ in kept])
+        conditioning: list[dict[str, Tensor]] = [{} for _ in kept]
+        if kept[0][0].prepared.seen is None:
+            conditioning = self._conditioning([self._caption(row) for row, _ in kept])
+        self._check_condition_sizes([own for _, own in kept])
         return grouped(
             [
                 {"row": row.prepared.row, **own, **prompt}
@@ -155,6 +158,21 @@ class EncodedStream:
                 for (row, own), prompt in zip(kept, conditioning, strict=True)
             ]
         )
+
+    def _check_condition_sizes(self, rows: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raises where the condition images of a batch have several sizes.
+
+        Raises:
+            ValueError: They have.
+        """
+        sizes = {tuple((name, *row[name].shape) for name in row if name.startswith(CONDITION)) for row in rows}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{self.label} is streamed, and a batch has rows with {len(sizes)} sizes or numbers of condition "
+                f"images, which {type(self.pipeline).__name__} brings to sizes of their own. Set "
+                "per_device_train_batch_size=1 (with gradient_accumulation_steps), bring the images to one size, or "
+                "store the data: without streaming=True, batches have rows of one size each."
+            )
 
     def _caption(self, row: UsableRow) -> str:
         """The caption, or the one of several that the row has in this epoch."""

@@ -12,8 +12,8 @@ ELBO_SAMPLING = ("stratified", "antithetic", "independent")
 ELBO_WEIGHTINGS = ("simple", "elbo", "min_snr")
 
 
-def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, the mean over all dimensions but the first.
+def denoising_error(prediction: Tensor, target: Tensor, region: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, the mean over all dimensions but the first, or over a region of them.
 
     Up to a constant factor and an additive constant its expectation over noise and timesteps is the negative evidence
     lower bound of the sample (arXiv 2006.11239, equation 14). A mean and not a sum: every constant in this package
@@ -22,6 +22,7 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     Args:
         prediction, target: `(B, ...)`, any floating dtype; both are taken to float32 first, since the spacing of half
             precision at errors near 0.1 is worth whole logits once multiplied by a preference loss's beta.
+        region: Broadcasts to both; 1 where elements count, 0 elsewhere, with a 1 in each sample. Default: all count.
 
     Returns:
         `(B,)` float32.
@@ -31,7 +32,11 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction has shape {tuple(prediction.shape)} but target {tuple(target.shape)}.")
-    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+    squares = (prediction.float() - target.float()).square()
+    if region is None:
+        return squares.flatten(1).mean(dim=1)
+    counted = region.float().expand_as(squares).flatten(1)
+    return (squares.flatten(1) * counted).sum(dim=1) / counted.sum(dim=1)
 
 
 def time_quantiles(generators: Sequence[torch.Generator], draws: int, sampling: str) -> Tensor:
@@ -80,6 +85,7 @@ def estimate_elbo(
     sampling: str = "stratified",
     weighting: str = "simple",
     min_snr_gamma: float = 5.0,
+    region: Tensor | None = None,
 ) -> Tensor:
     """Estimates each image's evidence lower bound, up to a constant, from several noisy versions of it.
 
@@ -93,6 +99,7 @@ def estimate_elbo(
         sampling: Of times, see `time_quantiles`.
         weighting: "simple" (mean of denoising errors), "elbo" (the bound itself: nats per latent element, without the
             constant prior and decoder terms) or "min_snr" with `min_snr_gamma`.
+        region: As `denoising_error` takes it.
 
     Returns:
         `(B,)` float32, minus the weighted mean error; greater is likelier.
@@ -109,6 +116,6 @@ def estimate_elbo(
         noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
         noise = noise.to(x0.device)
         prediction = predict(process.corrupt(x0, noise, t), process.model_time(t))
-        error = denoising_error(prediction, process.target(x0, noise, t))
+        error = denoising_error(prediction, process.target(x0, noise, t), region)
         total += error_weight(process, t, weighting, min_snr_gamma) * error
     return -total / draws

@@ -16,11 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..families import Family, family_named
+from ..families.denoisers import parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import rounded_fingerprints
 from ..host_libraries import dtype_option, quiet_loading
 from .kohya import KOHYA_FILE, save_kohya
-from .weights import RUN_RECORD, lora_metadata, read_run_record, save_pipeline, write_run_record
+from .weights import (
+    RUN_RECORD,
+    denoisers_in,
+    lora_metadata,
+    loras_of,
+    read_run_record,
+    save_pipeline,
+    write_run_record,
+)
 
 
 def export_lora(
@@ -35,7 +44,7 @@ def export_lora(
             trainers do not train them. diffusers loads these files too, except for Stable Diffusion 3.
 
     Returns:
-        The file.
+        The file. Of several denoisers the first one's; the others lie beside it, with their names at the end.
 
     Raises:
         ValueError: No folder of a trainer with a LoRA, a format or a LoRA that the format cannot hold.
@@ -53,12 +62,16 @@ def export_lora(
     folder, record, family = _trained(source)
     tensors, options = read_adapter(folder)
     file = Path(target)
-    if file.suffix != ".safetensors":
-        file /= KOHYA_FILE
+    named = file.suffix == ".safetensors"
+    file = file if named else file / KOHYA_FILE
     if "denoiser_config" not in record:
         raise ValueError(f"{folder / RUN_RECORD} is of an earlier version. Save the model again with this one.")
-    save_kohya(file, tensors, options, family, record["denoiser_config"])
-    return file
+    names, files = denoisers_in(record, family), []
+    for own, layers, each in loras_of(family, names, tensors, options):
+        # A single one has the name that the caller chose, whichever denoiser's it is.
+        files.append(file if named and len(names) == 1 else file.with_name(own.own_file(file.name)))
+        save_kohya(files[-1], layers, each, family, record["denoiser_config"])
+    return files[0]
 
 
 def merge_lora(
@@ -99,6 +112,8 @@ def merge_lora(
     else:
         with quiet_loading():
             pipeline = DiffusionPipeline.from_pretrained(base, **dtype_option(dtype))
+    names = denoisers_in(record, family)
+    family = family.with_denoiser(names[0]) if len(names) == 1 else family
     denoiser = family.denoiser(pipeline)
     own = rounded_fingerprints(denoiser)
     # The same weights in another precision agree in one of the two.
@@ -107,7 +122,8 @@ def merge_lora(
     config = LoraConfig(**options)
     model = get_peft_model(denoiser, config)
     set_peft_model_state_dict(model, {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()})
-    setattr(pipeline, family.denoiser_name, model.merge_and_unload(safe_merge=True))
+    for name, part in parts_of(model.merge_and_unload(safe_merge=True), family.denoiser_name).items():
+        setattr(pipeline, name, part)
     target.mkdir(parents=True, exist_ok=True)
     save_pipeline(pipeline, family, target)
     write_run_record(target, record)

@@ -1,6 +1,7 @@
 """The model card: what was trained, with which options, and how to sample from it."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..families import Family
 from ..version import __version__
 from . import card_contents as contents
 from .kohya import KOHYA_FILE
+from .weights import denoisers_in
 
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -40,17 +42,22 @@ _DIFFUSION_NPO = {
 _OUTPUTS = {"image": "images", "video": "frames", "audio": "audios"}
 
 
-def _sampling_with_guidance(pipeline: DiffusionPipeline, family: Family) -> str:
+def _sampling_with_guidance(pipeline: DiffusionPipeline, family: Family, inputs: str) -> str:
     """The line of a negative model's card that samples, with guidance on."""
     # Where guidance_scale is an input of the denoiser, guidance itself has another name.
     true_guidance = "true_cfg_scale" in inspect.signature(type(pipeline).__call__).parameters
     options = 'true_cfg_scale=4.0, negative_prompt=" "' if true_guidance else "guidance_scale=5.0"
-    return f"{family.modality} = pipeline({_inputs(family)}, {options}).{_OUTPUTS[family.modality]}[0]"
+    return f"{family.modality} = pipeline({inputs}, {options}).{_OUTPUTS[family.modality]}[0]"
 
 
-def _inputs(family: Family) -> str:
-    """What a card's code gives the pipeline: a prompt, and the images that it edits."""
-    return ", ".join(['"your prompt"', *(f'{name}=load_image("to_edit.png")' for name in family.condition_images)])
+def _inputs(pipeline: DiffusionPipeline, family: Family, conditions: Sequence[str]) -> str:
+    """What a card's code gives the pipeline: a prompt, and the condition images that it was trained with."""
+    files = {name: "mask.png" if name == family.mask_column else "to_edit.png" for name in conditions}
+    several = family.max_condition_images > 1
+    given = [f'{name}={"[" * several}load_image("{file}"){"]" * several}' for name, file in files.items()]
+    first = list(inspect.signature(type(pipeline).__call__).parameters)[1]
+    prompt = '"your prompt"' if first == "prompt" else 'prompt="your prompt"'
+    return ", ".join([prompt, *given])
 
 
 def write_model_card(
@@ -88,7 +95,12 @@ def write_model_card(
     negative, base_model, data = record["negative"], record["base_model"], record.get("data", {})
     if getattr(args, "negative", False):
         method, paper, tags = f"Diffusion-NPO ({method})", _DIFFUSION_NPO, [*tags, "diffusion-npo"]
-    task = "image-to-image" if family.condition_images else f"text-to-{family.modality}"
+    conditions: Sequence[str] = family.condition_images
+    if family.condition_is_optional:
+        columns = set(data.get("columns", ()))
+        # A column alone beside the prompt has the samples.
+        conditions = [name for name in conditions if name in columns and columns - {"prompt", name}]
+    task, inputs = f"{'image' if conditions else 'text'}-to-{family.modality}", _inputs(pipeline, family, conditions)
     licence: dict[str, Any] = {**contents.base_licence(pipeline, base_model)}
     relation: dict[str, Any] = {"base_model_relation": "adapter" if lora else "finetune"} if base_model else {}
     card_data = ModelCardData(
@@ -101,6 +113,7 @@ def write_model_card(
         **relation,
         **licence,
     )
+    trained = [family.with_denoiser(name) for name in denoisers_in(record, family)]
     curve_header, curve = contents.training_curve(state.log_history)
     card = ModelCard.from_template(
         card_data=card_data,
@@ -111,18 +124,24 @@ def write_model_card(
         paper=paper,
         citation=contents.bibtex(paper),
         pipeline_class=type(pipeline).__name__,
-        more_imports="\nfrom diffusers.utils import load_image" if family.condition_images else "",
-        inputs=_inputs(family),
+        more_imports="\nfrom diffusers.utils import load_image" if conditions else "",
+        inputs=inputs,
         base=base_model,
         base_folder=record.get("base_folder"),
         base_fingerprint=record["base_fingerprint"],
         lora=lora is not None,
         lora_format=family.lora_format,
-        kohya_file=KOHYA_FILE if (folder / KOHYA_FILE).is_file() else None,
+        lora_arguments=[
+            "".join(f", {key}={value!r}" for key, value in own.lora_arguments().items()).replace("'", '"')
+            for own in trained
+        ],
+        kohya_files=[
+            (file, own.denoiser_name) for own in trained if (folder / (file := own.own_file(KOHYA_FILE))).is_file()
+        ],
         denoiser=family.denoiser_name,
         sample=family.modality,
         samples=_OUTPUTS[family.modality],
-        guided_sample=_sampling_with_guidance(pipeline, family),
+        guided_sample=_sampling_with_guidance(pipeline, family, inputs),
         # from_pretrained has to be given again what a pipeline goes without.
         absent="".join(
             f", {name}=None"

@@ -1,6 +1,7 @@
 """What is written for others to load: denoiser folders, whole pipelines, LoRA files, and the record of a run."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..families import Family
+from ..families.denoisers import parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..host_libraries import quiet_loading
@@ -46,6 +48,18 @@ def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tens
     save_torch_state_dict(state_dict, folder, filename_pattern=f"{stem}{{suffix}}.{suffix}", force_contiguous=True)
 
 
+def save_denoisers(denoiser: ModelMixin, name: str, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Writes what is trained, each denoiser into the folder of its name; `name` is that of a single one."""
+    for part, module in parts_of(denoiser, name).items():
+        save_denoiser(module, folder / part, state_dict)
+
+
+def load_denoisers(denoiser: ModelMixin, name: str, folder: Path) -> None:
+    """Reads the weights that `save_denoisers` wrote."""
+    for part, module in parts_of(denoiser, name).items():
+        module.load_state_dict(load_denoiser_weights(folder / part), strict=True)
+
+
 def load_denoiser_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a folder that `save_denoiser` wrote, in one file or several, on the CPU."""
     shards = sorted(folder.glob("*.safetensors"))
@@ -72,18 +86,19 @@ def save_pipeline(
             stack.enter_context(encoders or nullcontext())
         except Exception:
             # What was trained is kept all the same.
-            save_denoiser(denoiser, folder / family.denoiser_name, state_dict)
+            save_denoisers(denoiser, family.denoiser_name, folder, state_dict)
             raise
         (folder / pipeline.config_name).unlink(missing_ok=True)
-        save_denoiser(denoiser, folder / family.denoiser_name, state_dict)
+        save_denoisers(denoiser, family.denoiser_name, folder, state_dict)
         save_all_but_denoiser(pipeline, family, folder)
 
 
 def save_all_but_denoiser(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
     """Writes the frozen components and `model_index.json`, for a denoiser that is written on its own."""
+    trained = family.trained_ranges(pipeline)
     with quiet_loading():
         for name, component in pipeline.components.items():
-            if name != family.denoiser_name and component is not None:
+            if name not in trained and component is not None:
                 component.save_pretrained(folder / name)
                 # transformers 5 saves tokenizer.json alone; 4 reads CLIP's and Qwen's vocabulary from these.
                 if isinstance(component, PreTrainedTokenizerBase) and "merges_file" in component.vocab_files_names:
@@ -110,12 +125,41 @@ def write_lora(
 ) -> None:
     """Writes `pytorch_lora_weights.safetensors` from the model's active adapter, loadable by `load_lora_weights`.
 
-    For pipelines without that method, what `PeftModel.from_pretrained` reads; see `Family.lora_format`.
+    Of several denoisers each gets a file of its own, see `Family.own_file`. For pipelines without that method, what
+    `PeftModel.from_pretrained` reads; see `Family.lora_format`.
 
     The adapter's configuration goes into the file's metadata. Without it diffusers guesses the rank from the weights,
     takes `lora_alpha` to equal it, and scales the LoRA wrongly whenever it does not.
     """
-    family.save_lora(pipeline, folder, adapter_tensors(model, state_dict), lora_metadata(lora_config(model)))
+    tensors, options = adapter_tensors(model, state_dict), lora_metadata(lora_config(model))
+    for own, layers, metadata in loras_of(family, list(family.trained_ranges(pipeline)), tensors, options):
+        own.save_lora(pipeline, folder, layers, metadata)
+
+
+def loras_of(
+    family: Family, names: Sequence[str], tensors: Mapping[str, Tensor], options: dict[str, Any]
+) -> Iterator[tuple[Family, dict[str, Tensor], dict[str, Any]]]:
+    """A LoRA as one of each denoiser: the family for it, the tensors by its modules' names, and the options.
+
+    Args:
+        names: Of the denoisers that the LoRA was trained in. With several, each is a prefix of its tensors' names.
+        options: See `lora_metadata`.
+    """
+    if len(names) == 1:
+        yield family.with_denoiser(names[0]), dict(tensors), options
+        return
+    for name in names:
+        prefix, others = f"{name}.", tuple(f"{other}." for other in names if other != name)
+        layers = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        own: dict[str, Any] = dict(options)
+        for option in ("target_modules", "rank_pattern", "alpha_pattern"):
+            # Keys without the name of a denoiser are meant for all.
+            if isinstance(value := own.get(option), dict):
+                own[option] = {key.removeprefix(prefix): n for key, n in value.items() if not key.startswith(others)}
+            elif isinstance(value, list):
+                own[option] = sorted({key.removeprefix(prefix) for key in value if not key.startswith(others)})
+        if layers:
+            yield family.with_denoiser(name), layers, own
 
 
 def lora_config(model: PeftModel) -> LoraConfig:
@@ -184,14 +228,14 @@ def check_exportable(config: LoraConfig, base: ModelMixin, family: Family, *, ko
             f"peft_config: {problem}, which a LoRA file for load_lora_weights does not hold, so what you train could "
             "not be loaded. Use bias='none', no modules_to_save, and init_lora_weights True or 'gaussian'."
         )
-    if kohya:
+    for denoiser in parts_of(base, family.denoiser_name).values() if kohya else ():
         layers = [
             name
-            for name, part in base.named_modules()
+            for name, part in denoiser.named_modules()
             # PEFT's name for all of these, which it replaces while it puts the adapter in.
             if (isinstance(part, nn.Linear) if config.target_modules == "all-linear" else _is_target(config, name))
         ]
-        check_kohya(layers, lora_metadata(config), family, base.config)
+        check_kohya(layers, lora_metadata(config), family, denoiser.config)
 
 
 def save_lora(
@@ -212,7 +256,9 @@ def save_lora(
     write_lora(pipeline, family, model, folder, state_dict)
     if kohya:
         options, tensors = lora_metadata(lora_config(model)), adapter_tensors(model, state_dict)
-        save_kohya(folder / KOHYA_FILE, tensors, options, family, family.denoiser_config(pipeline))
+        config = family.denoiser_config(pipeline)
+        for own, layers, each in loras_of(family, list(family.trained_ranges(pipeline)), tensors, options):
+            save_kohya(folder / own.own_file(KOHYA_FILE), layers, each, family, config)
 
 
 def run_record(
@@ -232,6 +278,7 @@ def run_record(
         denoiser: Before it is trained, unwrapped.
         negative: Whether the result is a negative model, which is sampled with as such.
     """
+    names = list(parts_of(denoiser, family.denoiser_name))
     return {
         "trainer": trainer,
         "base_model": base_model,
@@ -239,6 +286,7 @@ def run_record(
         "base_fingerprint": weights_fingerprint(denoiser),
         "base_fingerprint_rounded": rounded_fingerprints(denoiser),
         "pipeline_class": family.pipeline_class,
+        "denoisers": [name for name in family.denoiser_names or names if name in names],
         # Without what diffusers notes of where the model was loaded from.
         "denoiser_config": {name: value for name, value in denoiser.config.items() if not name.startswith("_")},
         "negative": negative,
@@ -258,3 +306,8 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
         return json.loads((folder / RUN_RECORD).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+
+
+def denoisers_in(record: Mapping[str, Any], family: Family) -> list[str]:
+    """The pipeline's attributes that a run trained; records of earlier versions name none."""
+    return record.get("denoisers", [family.denoiser_name])

@@ -18,6 +18,7 @@ from torch import nn
 from ..host_libraries import quiet_imports
 from .base import Family, InputShapes, Recommended
 from .modalities import AudioFamily, VideoFamily
+from .nearest import nearest_family, nearest_first
 
 
 __all__ = [
@@ -40,18 +41,33 @@ _ENTRY_POINT_GROUP = "trl_diffusion_pref.families"
 _BUILT_IN = (
     ("StableDiffusionPipeline", "0.37", "stable_diffusion", "StableDiffusionFamily"),
     ("StableDiffusionInstructPix2PixPipeline", "0.37", "instruct_pix2pix", "InstructPix2PixFamily"),
+    ("StableDiffusionInpaintPipeline", "0.37", "stable_diffusion_inpaint", "StableDiffusionInpaintFamily"),
     ("StableDiffusionXLPipeline", "0.37", "stable_diffusion_xl", "StableDiffusionXLFamily"),
+    ("StableDiffusionXLInpaintPipeline", "0.37", "stable_diffusion_xl_inpaint", "StableDiffusionXLInpaintFamily"),
     ("StableDiffusion3Pipeline", "0.37", "stable_diffusion_3", "StableDiffusion3Family"),
     ("FluxPipeline", "0.37", "flux", "FluxFamily"),
+    ("FluxFillPipeline", "0.37", "flux_fill", "FluxFillFamily"),
+    ("FluxKontextPipeline", "0.37", "flux_kontext", "FluxKontextFamily"),
+    ("Flux2KleinPipeline", "0.37", "flux2", "Flux2KleinFamily"),
+    ("Flux2Pipeline", "0.37", "flux2", "Flux2Family"),
     ("PixArtSigmaPipeline", "0.37", "pixart_sigma", "PixArtSigmaFamily"),
     ("SanaPipeline", "0.37", "sana", "SanaFamily"),
     ("QwenImagePipeline", "0.37", "qwen_image", "QwenImageFamily"),
+    ("QwenImageEditPipeline", "0.37", "qwen_image_edit", "QwenImageEditFamily"),
+    ("QwenImageEditPlusPipeline", "0.37", "qwen_image_edit", "QwenImageEditPlusFamily"),
     ("ChromaPipeline", "0.37", "chroma", "ChromaFamily"),
     ("AuraFlowPipeline", "0.37", "auraflow", "AuraFlowFamily"),
     ("Lumina2Pipeline", "0.37", "lumina2", "Lumina2Family"),
     ("ZImagePipeline", "0.37", "z_image", "ZImageFamily"),
+    ("CogView4Pipeline", "0.37", "cogview4", "CogView4Family"),
     ("WanPipeline", "0.37", "wan", "WanFamily"),
+    ("LTXPipeline", "0.37", "ltx", "LTXFamily"),
+    ("HunyuanVideoPipeline", "0.37", "hunyuan_video", "HunyuanVideoFamily"),
+    ("HunyuanVideo15Pipeline", "0.37", "hunyuan_video15", "HunyuanVideo15Family"),
+    ("WanImageToVideoPipeline", "0.37", "wan_image_to_video", "WanImageToVideoFamily"),
+    ("CogVideoXImageToVideoPipeline", "0.37", "cogvideox_image_to_video", "CogVideoXImageToVideoFamily"),
     ("CogVideoXPipeline", "0.37", "cogvideox", "CogVideoXFamily"),
+    ("AceStepPipeline", "0.39", "ace_step", "AceStepFamily"),
     ("StableAudioPipeline", "0.37", "stable_audio", "StableAudioFamily"),
     ("AudioLDM2Pipeline", "0.37", "audioldm2", "AudioLDM2Family"),
 )
@@ -72,8 +88,8 @@ with quiet_imports():
     _FAMILIES, _MISSING = _load_built_in(_BUILT_IN)
 
 _HOW_TO_REGISTER = (
-    "For another pipeline, subclass trl_diffusion_pref.families.Family and pass an instance to "
-    f"trl_diffusion_pref.families.register_family, or name the class in the entry point group {_ENTRY_POINT_GROUP!r}."
+    "and pass an instance to trl_diffusion_pref.families.register_family, or name the class in the entry point group "
+    f"{_ENTRY_POINT_GROUP!r}; docs/extending.md has an example."
 )
 
 
@@ -116,11 +132,24 @@ def supported_pipelines() -> tuple[str, ...]:
     return tuple(sorted(family.pipeline_class for family in all_families()))
 
 
+def editing_pipelines(family: Family) -> str:
+    """The pipelines that take condition images, in words, the nearest to a family that takes none first."""
+    editing = [each for each in all_families() if each.condition_images]
+    ordered = nearest_first(family.pipeline_class, {family.denoiser_class}, editing)
+    names = ", ".join(each.pipeline_class for each in ordered)
+    if ordered and family.denoiser_class and ordered[0].denoiser_class == family.denoiser_class:
+        first, *others = names.split(", ", maxsplit=1)
+        names = f"{first}, whose {family.denoiser_name} is a {family.denoiser_class} too"
+        names += "".join(f", or {other}" for other in others)
+    return names
+
+
 def family_for(pipeline: DiffusionPipeline) -> Family:
     """The family of a loaded pipeline.
 
     Raises:
-        TypeError: Not a pipeline, or one of an unsupported class; the message lists the supported ones.
+        TypeError: Not a pipeline, or one of an unsupported class; the message says what is nearest, and lists the
+            supported ones.
     """
     supported = ", ".join(supported_pipelines())
     if isinstance(pipeline, nn.Module):
@@ -134,15 +163,19 @@ def family_for(pipeline: DiffusionPipeline) -> Family:
             f"model is a {type(pipeline).__name__}, not a diffusers pipeline. Pass a Hub id, a folder or a loaded "
             f"pipeline of one of these classes: {supported}."
         )
-    return family_named(type(pipeline).__name__)
+    return family_named(type(pipeline).__name__, type(pipeline))
 
 
-def family_named(pipeline_class: str) -> Family:
+def family_named(pipeline_class: str, kind: type | None = None) -> Family:
     """The family of a class of pipelines.
 
+    Args:
+        pipeline_class: The class's name.
+        kind: The class, by which an error finds the nearest supported one. Default: diffusers' class of this name.
+
     Raises:
-        TypeError: An unsupported class; the message lists the supported ones. Or one that the installed diffusers
-            does not have; the message names the version that has it.
+        TypeError: An unsupported class; the message says what is nearest, and lists the supported ones. Or one that
+            the installed diffusers does not have; the message names the version that has it.
     """
     supported = ", ".join(supported_pipelines())
     family = _FAMILIES.get(pipeline_class)
@@ -152,10 +185,18 @@ def family_named(pipeline_class: str) -> Family:
             "installed. Upgrade it: pip install --upgrade diffusers."
         )
     if family is None:
-        raise TypeError(
-            f"{pipeline_class} is not supported. Supported pipelines: {supported}. If the weights fit one of "
-            f"these classes, load them through it. {_HOW_TO_REGISTER}"
-        )
+        near = nearest_family(pipeline_class, kind or getattr(diffusers, pipeline_class, None), all_families())
+        if near is None:
+            advice = f"To train it all the same, subclass trl_diffusion_pref.families.Family {_HOW_TO_REGISTER}"
+        else:
+            name, own = near[0].pipeline_class, type(near[0])
+            advice = (
+                f"The nearest of them is {name}: {near[1]}. If the weights fit it, load them through it: "
+                f"{name}.from_pretrained(...). If {pipeline_class} calls its {near[0].denoiser_name} in the same way, "
+                f"subclass {_full_name(own)} with pipeline_class = {pipeline_class!r}, else "
+                f"trl_diffusion_pref.families.Family, {_HOW_TO_REGISTER}"
+            )
+        raise TypeError(f"{pipeline_class} is not supported. Supported pipelines: {supported}. {advice}")
     return family
 
 

@@ -80,18 +80,24 @@ def encode_finite(
     return _finite(vae, pixels, lambda inputs: moments(vae.encode(inputs)), in_float32)
 
 
-def decode_finite(vae: ModelMixin, latents: Tensor, *, in_float32: bool = False) -> Tensor:
+def decode_finite(vae: ModelMixin, latents: Tensor, time: float | None = None, *, in_float32: bool = False) -> Tensor:
     """What the VAE decodes, in its dtype, or in float32 where that overflows.
 
     Args:
         vae: Has its dtype back afterwards.
         latents: In the VAE's own scale.
+        time: The noise that is left in the latents, for a VAE whose `decode` takes it as its second argument.
         in_float32: Do not try the VAE's dtype first.
 
     Returns:
         A float32 tensor, neither clamped nor scaled.
     """
-    return _finite(vae, latents, lambda inputs: vae.decode(inputs, return_dict=False)[0], in_float32)
+
+    def run(inputs: Tensor) -> Tensor:
+        times = [] if time is None else [inputs.new_full((len(inputs),), time)]
+        return vae.decode(inputs, *times, return_dict=False)[0]
+
+    return _finite(vae, latents, run, in_float32)
 
 
 def encode_with_autoencoder_kl(vae: ModelMixin, pixels: Tensor, *, in_float32: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .autoencoders import decode_with_autoencoder_kl, encode_with_autoencoder_kl
+from .conditions import Conditions
+from .denoisers import Denoisers
 from .kohya import KohyaNames
 from .records import InputShapes, Recommended
 
@@ -26,7 +28,7 @@ LoraFormat = Literal["diffusers", "peft"]
 GuidanceLayout = Literal["batched", "positive_first", "positive_of_three", "separate"]
 
 
-class Family(ABC):
+class Family(Conditions, Denoisers, ABC):
     """One kind of pipeline. Stateless: every method gets the pipeline or denoiser it works on.
 
     Methods about sizes and shapes read configs and call no module, so that a `weightless` pipeline is enough for them.
@@ -34,7 +36,7 @@ class Family(ABC):
     Attributes:
         pipeline_class: Name of the diffusers class.
         denoiser_class: Name of the denoiser's class, for a denoiser that comes without its pipeline.
-        denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer".
+        denoiser_name: The pipeline's attribute that is trained, "unet" or "transformer"; see also `Denoisers`.
         encoder_names: Attributes needed for encoding only; absent from the device during training.
         optional_encoder_names: Those of them that a pipeline may have been loaded without.
         lora_target_modules: Default targets, those of diffusers' own training examples.
@@ -53,8 +55,8 @@ class Family(ABC):
         guidance_layout: How the pipeline calls its denoiser for classifier-free guidance. "batched": once, on
             [negative; positive]. "positive_first": once, on [positive; negative]; "positive_of_three": on [positive;
             negative; negative without condition images]. "separate": twice, inside diffusers' `cache_context("cond")`
-            and `cache_context("uncond")`, or the second time with its own `negative_prompt_embeds`. None: unknown, and
-            `guidance.negative_guidance` asks for it.
+            and `cache_context("uncond")`, or the second time with its own `negative_prompt_embeds`. None: none, or
+            unknown, and `guidance.negative_guidance` asks for it.
         guided_pipelines: Names of further diffusers classes around the same denoiser that call it in this layout.
         aspect_ratio_buckets: Whether the published models were trained on images of several shapes.
         prompt_masks: Which of `encode_prompts`' masks says which tokens of an embedding the denoiser looks at, by the
@@ -63,9 +65,6 @@ class Family(ABC):
             a sample depends on the other prompts of its batch. Prompts of different text are then sampled apart.
         shared_arguments: Names of the denoiser's arguments that are the same for all samples, such as positions of
             tokens; their first dimension is never a batch.
-        condition_images: Images that the pipeline edits: columns of the data, and arguments of its `__call__`.
-        channel_conditions: How many of them stand beside the noisy latents on the channel axis.
-        condition_dropout: Of the rows that get the empty prompt, the share whose condition images become zeros.
     """
 
     pipeline_class: str
@@ -74,7 +73,6 @@ class Family(ABC):
     encoder_names: tuple[str, ...]
     optional_encoder_names: tuple[str, ...] = ()
     lora_target_modules: tuple[str, ...]
-    packing: int = 1
     flow: bool = False
     read_by_value: tuple[str, ...] = ()
     recommended: ClassVar[Mapping[str, Recommended]] = {}
@@ -88,13 +86,6 @@ class Family(ABC):
     prompt_masks: ClassVar[Mapping[str, str]] = {}
     pads_to_longest: bool = False
     shared_arguments: tuple[str, ...] = ()
-    condition_images: tuple[str, ...] = ()
-    channel_conditions: int = 0
-    condition_dropout: float = 0.0
-
-    def denoiser(self, pipeline: DiffusionPipeline) -> ModelMixin:
-        """The module that is trained."""
-        return getattr(pipeline, self.denoiser_name)
 
     def encoders(self, pipeline: DiffusionPipeline) -> list[Any]:
         """The modules that encode prompts and samples."""
@@ -119,8 +110,8 @@ class Family(ABC):
         """Raises where a pipeline cannot be trained as it was loaded, and warns once of what training would lose.
 
         Raises:
-            ValueError: A part that encodes is missing, or the denoiser takes more than noisy latents (inpainting and
-                control checkpoints).
+            ValueError: A part that encodes is missing, or the denoiser takes other channels than the pipeline gives it
+                (control checkpoints).
         """
         self._check_parts(pipeline)
         self._check_channels(pipeline)
@@ -144,14 +135,14 @@ class Family(ABC):
         # Autoencoders name their latents' channels in three ways; one that does so in none cannot be checked.
         names = ("latent_channels", "z_dim", "decoder_input_channels")
         latent = next((size for name in names if (size := pipeline.vae.config.get(name))), None)
-        channels, images = self.denoiser_config(pipeline).get("in_channels"), 1 + self.channel_conditions
-        if latent is not None and channels is not None and channels != latent * self.packing * images:
-            beside = " and condition images" if self.channel_conditions else ""
+        channels = self.denoiser_config(pipeline).get("in_channels")
+        if latent is not None and channels is not None and channels != (own := self.input_channels(pipeline, latent)):
+            beside = " and condition images" if own > latent * self.packing else ""
             raise ValueError(
                 f"The {self.denoiser_name} of this {type(pipeline).__name__} takes {channels} channels, but noisy "
-                f"latents{beside} of its {type(pipeline.vae).__name__} have {latent * self.packing * images}. Load "
+                f"latents{beside} of its {type(pipeline.vae).__name__} have {own}. Load "
                 "the checkpoint in the class of pipeline that it was published for. If that class cannot be trained "
-                "(inpainting, depth, control, image to video), use the checkpoint that generates from text alone."
+                "(depth, control, image to video), use the checkpoint that generates from text alone."
             )
 
     def text_device(self, pipeline: DiffusionPipeline) -> torch.device:
@@ -233,9 +224,8 @@ class Family(ABC):
         Args:
             sample_shape: As `encode_samples` takes it, without the batch dimension.
         """
-        channels, factor = self.denoiser_config(pipeline).in_channels, self.pixels_per_latent(pipeline)
-        channels //= self.packing * (1 + self.channel_conditions)
-        return channels, *(side // factor for side in sample_shape[1:])
+        factor = self.pixels_per_latent(pipeline)
+        return self.latent_channels(pipeline), *(side // factor for side in sample_shape[1:])
 
     def conditioning_shapes(self, pipeline: DiffusionPipeline) -> dict[str, tuple[int, ...]]:
         """Shapes of everything that `predict` reads, without the batch dimension.
@@ -328,13 +318,6 @@ class Family(ABC):
         """
         return encode_with_autoencoder_kl(pipeline.vae, pixels)
 
-    def encode_condition(self, pipeline: DiffusionPipeline, pixels: Tensor) -> Tensor:
-        """Latents `(B, C, h, w)` of condition images, float32, as `predict` reads them under their column's name.
-
-        Default: the posterior's mean in the scale that the denoiser sees. For `pixels` see `encode_samples`.
-        """
-        return self.encode_samples(pipeline, pixels)[0]
-
     def decode_samples(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_samples`, through the VAE and whatever the pipeline puts after it.
 
@@ -346,7 +329,7 @@ class Family(ABC):
         """
         return decode_with_autoencoder_kl(pipeline.vae, latents).clamp(-1, 1)
 
-    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
+    def image_tokens(self, latent_shape: tuple[int, ...]) -> float:
         """How many tokens the denoiser makes of one sample, by which some flow schedulers shift their times.
 
         Args:

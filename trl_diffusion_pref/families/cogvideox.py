@@ -1,8 +1,9 @@
 """CogVideoX (text to video): a T5 text encoder, a video DiT with v prediction, a video autoencoder."""
 
 from types import SimpleNamespace
+from typing import Any
 
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, ModelMixin
 from torch import Tensor, nn
 
 from .base import call_default, model_inside
@@ -30,16 +31,23 @@ class CogVideoXFamily(VideoFamily):
     # examples/cogvideo/train_cogvideox_lora.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
 
+    def takes_denoiser(self, denoiser: ModelMixin) -> bool:
+        return super().takes_denoiser(denoiser) and denoiser.config.in_channels == denoiser.config.out_channels
+
     def video_size(self, pipeline: CogVideoXPipeline) -> tuple[int, int, int]:
         """CogVideoX 1.5: 768x1360, with the frames that the pipeline adds to fill the last patch."""
         config, factor = self.denoiser_config(pipeline), pipeline.vae_scale_factor_spatial
-        frames = config.sample_frames
+        frames = self.default_frames(pipeline)
         latent_frames = (frames - 1) // pipeline.vae_scale_factor_temporal + 1
         frames += -latent_frames % (config.patch_size_t or 1) * pipeline.vae_scale_factor_temporal
         size = (config.sample_height, config.sample_width)
         if size == _TABLE_OF_POSITIONS:
             return frames, *_SIZE_OF_1_5
         return frames, size[0] * factor, size[1] * factor
+
+    def default_frames(self, pipeline: CogVideoXPipeline) -> int:
+        """Frames that the pipeline generates by default, before it fills the last patch."""
+        return self.denoiser_config(pipeline).sample_frames
 
     def conditioning_shapes(self, pipeline: CogVideoXPipeline) -> dict[str, tuple[int, ...]]:
         width = self.denoiser_config(pipeline).text_embed_dim
@@ -58,6 +66,10 @@ class CogVideoXFamily(VideoFamily):
             )
         return mean, std
 
+    def inputs(self, denoiser: nn.Module, x_t: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
+        """The transformer's arguments that are about the video: `hidden_states` `(B, C, f, h, w)`."""
+        return {"hidden_states": x_t}
+
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         frames, height, width = x_t.shape[2:]
         model = model_inside(denoiser)
@@ -68,9 +80,11 @@ class CogVideoXFamily(VideoFamily):
             rotary = CogVideoXPipeline._prepare_rotary_positional_embeddings(
                 sizes, height=height, width=width, num_frames=frames, device=x_t.device
             )
+        inputs = self.inputs(denoiser, x_t, conditioning)
+        # The transformer takes frames before channels.
+        inputs["hidden_states"] = inputs["hidden_states"].transpose(1, 2)
         prediction = denoiser(
-            # The transformer takes frames before channels.
-            hidden_states=x_t.transpose(1, 2),
+            **inputs,
             encoder_hidden_states=conditioning["prompt_embeds"].to(x_t.dtype),
             timestep=timestep,
             image_rotary_emb=rotary,

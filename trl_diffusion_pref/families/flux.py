@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, ModelMixin
 from torch import Tensor, nn
 
-from .base import Family, call_default
+from .base import Family, GuidanceLayout, call_default
 from .kohya import KohyaNames, Rule, joined
 
 
@@ -27,7 +27,7 @@ class FluxFamily(Family):
     denoiser_class = "FluxTransformer2DModel"
     denoiser_name = "transformer"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
-    guidance_layout = "separate"
+    guidance_layout: GuidanceLayout | None = "separate"
     # Nothing was published on its training; the announcement promises sizes from 0.1 to 2 megapixels in any shape.
     aspect_ratio_buckets = True
     shared_arguments = ("img_ids", "txt_ids")
@@ -76,6 +76,10 @@ class FluxFamily(Family):
     def __init__(self, training_guidance: float = 1.0) -> None:
         self.training_guidance = training_guidance
 
+    def takes_denoiser(self, denoiser: ModelMixin) -> bool:
+        # Fill's is of the same class.
+        return super().takes_denoiser(denoiser) and not takes_masked_image(denoiser)
+
     def distilled(self, pipeline: FluxPipeline) -> str | None:
         if self.denoiser_config(pipeline).guidance_embeds:
             return None
@@ -110,20 +114,40 @@ class FluxFamily(Family):
             "tokenizer_2": call_default(pipeline, "max_sequence_length"),
         }
 
-    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def tokens(self, x_t: Tensor, conditioning: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the transformer reads beside the text: tokens `(B, N, 4 C)` and their positions `(N, 3)`.
+
+        Default: the noisy latents in 2x2 patches.
+        """
         batch, channels, height, width = x_t.shape
+        return (
+            FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype),
+        )
+
+    def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        *_, height, width = x_t.shape
         guidance = conditioning.get("guidance")
+        tokens, positions = self.tokens(x_t, conditioning)
         prompt_embeds = conditioning["prompt_embeds"].to(x_t.dtype)
         prediction = denoiser(
-            hidden_states=FluxPipeline._pack_latents(x_t, batch, channels, height, width),
+            hidden_states=tokens,
             # The pipeline rounds the time to the latents' dtype before it divides.
             timestep=timestep.to(x_t.dtype) / 1000,
             guidance=None if guidance is None else guidance.float(),
             pooled_projections=conditioning["pooled_prompt_embeds"].to(x_t.dtype),
             encoder_hidden_states=prompt_embeds,
             txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=x_t.device, dtype=x_t.dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x_t.device, x_t.dtype),
+            img_ids=positions,
             return_dict=False,
         )[0]
+        # Those of the noisy latents come first.
+        prediction = prediction[:, : (height // 2) * (width // 2)]
         # Sizes in latents, so the factor to pixels is 1.
         return FluxPipeline._unpack_latents(prediction, height, width, vae_scale_factor=1)
+
+
+def takes_masked_image(denoiser: ModelMixin) -> bool:
+    """Whether a transformer gets a masked image and all pixels of its mask beside the latents, as Fill's does."""
+    config = denoiser.config
+    return config.in_channels > 2 * (config.out_channels or config.in_channels)

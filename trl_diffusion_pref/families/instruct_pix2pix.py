@@ -1,9 +1,10 @@
 """InstructPix2Pix: Stable Diffusion whose UNet gets the latents of the image to edit beside the noisy ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import ModelMixin, StableDiffusionInstructPix2PixPipeline
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from .autoencoders import encode_finite
@@ -40,11 +41,18 @@ class InstructPix2PixFamily(StableDiffusionFamily):
             )
         return {"prompt_embeds": prompt_embeds.float()}
 
-    def encode_condition(self, pipeline: StableDiffusionInstructPix2PixPipeline, pixels: Tensor) -> Tensor:
+    def encode_conditions(
+        self,
+        pipeline: StableDiffusionInstructPix2PixPipeline,
+        images: Mapping[str, Tensor],
+        sample_shape: tuple[int, ...],
+    ) -> dict[str, Tensor]:
         """The posterior's mode, which the pipeline does not multiply by the VAE's scaling factor."""
-        return encode_finite(pipeline.vae, pixels, lambda output: (output.latent_dist.mode(), output.latent_dist.std))[
-            0
-        ]
+
+        def moments(output: AutoencoderKLOutput) -> tuple[Tensor, Tensor]:
+            return output.latent_dist.mode(), output.latent_dist.std
+
+        return {name: encode_finite(pipeline.vae, pixels, moments)[0] for name, pixels in images.items()}
 
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         return super().predict(

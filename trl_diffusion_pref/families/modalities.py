@@ -19,6 +19,10 @@ class VideoFamily(Family):
     def video_size(self, pipeline: DiffusionPipeline) -> tuple[int, int, int]:
         """Frames, height and width in pixels of the videos that the pipeline generates by default."""
 
+    def frames_per_latent(self, pipeline: DiffusionPipeline) -> int:
+        """Of all latent frames but the first. Default: the pipeline's `vae_scale_factor_temporal`."""
+        return pipeline.vae_scale_factor_temporal
+
     def resolution(self, pipeline: DiffusionPipeline) -> int:
         """The shorter side of a video in pixels."""
         return min(self.video_size(pipeline)[1:])
@@ -26,7 +30,7 @@ class VideoFamily(Family):
     def latent_shape(self, pipeline: DiffusionPipeline, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
         channels, _, *sides = super().latent_shape(pipeline, sample_shape)
         # The first frame has a latent frame of its own.
-        return channels, (sample_shape[1] - 1) // pipeline.vae_scale_factor_temporal + 1, *sides
+        return channels, (sample_shape[1] - 1) // self.frames_per_latent(pipeline) + 1, *sides
 
     def scaled_size(self, pipeline: DiffusionPipeline, shorter: int) -> tuple[int, int]:
         """Height and width of videos with another shorter side, in the shape of those that the pipeline generates.
@@ -55,8 +59,7 @@ class VideoFamily(Family):
     def token_limits(self, pipeline: DiffusionPipeline) -> dict[str, int]:
         return {"tokenizer": call_default(pipeline, "max_sequence_length")}
 
-    @staticmethod
-    def check_frames(pipeline: DiffusionPipeline, pixels: Tensor) -> None:
+    def check_frames(self, pipeline: DiffusionPipeline, pixels: Tensor) -> None:
         """Raises where the VAE would cut a video short, or take something else for a video.
 
         Raises:
@@ -67,7 +70,7 @@ class VideoFamily(Family):
                 f"{type(pipeline).__name__} generates videos, but got pixels of shape {tuple(pixels.shape)}. Pass "
                 "(batch, 3, frames, height, width); for images take a pipeline that generates images."
             )
-        factor, frames = pipeline.vae_scale_factor_temporal, pixels.shape[2]
+        factor, frames = self.frames_per_latent(pipeline), pixels.shape[2]
         if frames % factor != 1 and factor > 1:
             below = max((frames - 1) // factor * factor, 0) + 1
             raise ValueError(

@@ -1,6 +1,6 @@
 """Qwen-Image: a vision-language model as text encoder, an MMDiT on packed latents, a video autoencoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import QwenImagePipeline
@@ -66,20 +66,27 @@ class QwenImageFamily(Family):
     def decode_samples(self, pipeline: QwenImagePipeline, latents: Tensor) -> Tensor:
         return decode_with_channel_statistics(pipeline.vae, latents.unsqueeze(2)).squeeze(2).clamp(-1, 1)
 
+    def images(self, conditioning: Mapping[str, Tensor]) -> list[Tensor]:
+        """Latents `(B, C, h, w)` of the condition images. Default: none."""
+        return []
+
     def predict(self, denoiser: nn.Module, x_t: Tensor, timestep: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        batch, channels, height, width = x_t.shape
+        batch, *_, height, width = x_t.shape
+        latents = [x_t, *(image.to(x_t.dtype) for image in self.images(conditioning))]
         mask = conditioning["prompt_embeds_mask"].long()
         # The pipeline cuts to the longest prompt of the batch, and passes no mask if all are equally long.
         length = int(mask.sum(dim=1).max())
         mask = mask[:, :length]
         prediction = denoiser(
-            hidden_states=QwenImagePipeline._pack_latents(x_t, batch, channels, height, width),
+            hidden_states=torch.cat([QwenImagePipeline._pack_latents(each, *each.shape) for each in latents], dim=1),
             # The pipeline rounds the time to the latents' dtype before it divides.
             timestep=timestep.to(x_t.dtype) / 1000,
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
             encoder_hidden_states=conditioning["prompt_embeds"][:, :length].to(x_t.dtype),
-            img_shapes=[[(1, height // 2, width // 2)]] * batch,
+            img_shapes=[[(1, each.shape[2] // 2, each.shape[3] // 2) for each in latents]] * batch,
             return_dict=False,
         )[0]
+        # The noisy latents come first.
+        prediction = prediction[:, : (height // 2) * (width // 2)]
         # Sizes in latents, so the factor to pixels is 1; the pipeline's layout has a frame dimension.
         return QwenImagePipeline._unpack_latents(prediction, height, width, vae_scale_factor=1).squeeze(2)

@@ -38,11 +38,11 @@ class StableDiffusionFamily(Family):
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:
-        # SDXL's and InstructPix2Pix's UNets are of the same class.
+        # The UNets of SDXL, InstructPix2Pix and inpainting are of the same class.
         if not super().takes_denoiser(denoiser):
             return False
-        config = denoiser.config
-        return config.addition_embed_type != "text_time" and config.in_channels != 2 * config.out_channels
+        config, latent = denoiser.config, denoiser.config.out_channels
+        return config.addition_embed_type != "text_time" and config.in_channels not in (2 * latent, 2 * latent + 1)
 
     def published_parts(self) -> dict[str, Any]:
         return {"tokenizer": PartConfig(model_max_length=77)}

@@ -69,7 +69,11 @@ class StableDiffusionXLFamily(Family):
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:
-        return super().takes_denoiser(denoiser) and denoiser.config.get("addition_embed_type") == "text_time"
+        # The UNets of Stable Diffusion and of inpainting are of the same class.
+        if not super().takes_denoiser(denoiser):
+            return False
+        config = denoiser.config
+        return config.get("addition_embed_type") == "text_time" and config.in_channels != 2 * config.out_channels + 1
 
     def published_parts(self) -> dict[str, Any]:
         return {"tokenizer": PartConfig(model_max_length=77)}

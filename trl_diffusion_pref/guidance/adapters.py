@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .sources import Negative, denoiser_name
+from .sources import Negative
 
 
 def _tuner_layers(denoiser: nn.Module) -> dict[str, BaseTunerLayer]:
@@ -68,7 +68,7 @@ class NegativeAdapter:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, denoiser: nn.Module, negative: Negative) -> None:
-        self.denoiser, self.name, self._prefix = denoiser, "", denoiser_name(pipeline)
+        self.denoiser, self.name, self._prefix = denoiser, "", negative.attribute
         self._users: nn.Module = getattr(pipeline, self._prefix)
         layers = _unfused_layers(denoiser)
         self._before = set(layers)

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -15,16 +14,15 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..families.base import GuidanceLayout
-from ..fingerprint import rounded_fingerprints
 from .adapters import NegativeAdapter
+from .checks import MARK, check_guidable, known_layout, warn_of_another_base
 from .halves import join_halves, take_half
 from .second_denoiser import merged_denoiser
-from .sources import Model, Negative, denoiser_name, families, guided_family, read_negative
+from .sources import Model, Negative, denoiser_names, families, guided_family, read_negatives
 
 
-# Not accelerate's logger, which needs an accelerator to exist.
-logger = logging.getLogger(__name__)
-_MARK = "_negative_guidance"
+# How pipelines name their calls on the unconditional side; the second of those with a guider.
+_UNCONDITIONAL = ("uncond", "pred_uncond")
 
 
 class NegativeGuidance:
@@ -40,6 +38,7 @@ class NegativeGuidance:
         alpha, beta: The strengths, from 0 on. A new value acts from the denoiser's next call on. Setting alpha raises
             where `base` was given, and beta where the negative model is full weights: they are merged then.
         second: The second denoiser; None where the negative side is computed by the pipeline's own.
+        others: The same of the pipeline's further denoisers, for other ranges of noise; they follow this one.
     """
 
     def __init__(
@@ -52,7 +51,8 @@ class NegativeGuidance:
         layout: GuidanceLayout,
     ) -> None:
         self.pipeline, self.layout = pipeline, layout
-        self.denoiser: ModelMixin = getattr(pipeline, denoiser_name(pipeline))
+        self.denoiser: ModelMixin = getattr(pipeline, negative.attribute)
+        self.others: list[NegativeGuidance] = []
         family = guided_family(pipeline)
         # In an unknown pipeline every name counts that any family shares.
         self._shared = tuple(name for each in ([family] if family else families()) for name in each.shared_arguments)
@@ -82,6 +82,9 @@ class NegativeGuidance:
                 )
             value = _checked(name, value)
         super().__setattr__(name, value)
+        if name in ("alpha", "beta"):
+            for other in vars(self).get("others", ()):
+                setattr(other, name, value)
 
     # ---- Wrapping ------------------------------------------------------------------------------------------------
 
@@ -100,20 +103,22 @@ class NegativeGuidance:
         setattr(denoiser, place, self._wrapped)
         if hasattr(denoiser, "cache_context"):
             own["cache_context"] = functools.partial(self._cache_context, denoiser.cache_context)
-        setattr(denoiser, _MARK, self)
+        setattr(denoiser, MARK, self)
 
     def remove(self) -> None:
         """Restores the pipeline exactly; does nothing the second time."""
+        for other in self.others:
+            other.remove()
         denoiser = self.denoiser
         own = vars(denoiser)
-        if own.get(_MARK) is not self:
+        if own.get(MARK) is not self:
             return
         if own.get("_old_forward") is self._wrapped:
             denoiser._old_forward = self._wrapped.args[0]
         elif own.get("forward") is self._wrapped:
             del denoiser.forward
         own.pop("cache_context", None)
-        delattr(denoiser, _MARK)
+        delattr(denoiser, MARK)
         for name, value in self._own_before.items():
             own.setdefault(name, value)
         if self.second is None:
@@ -139,7 +144,7 @@ class NegativeGuidance:
         with self._lock:
             if self.layout == "separate":
                 name = getattr(self._thread, "call", None)
-                negative = _passes_the_negative_prompt(frame, args, kwargs) if name is None else name == "uncond"
+                negative = _passes_the_negative_prompt(frame, args, kwargs) if name is None else name in _UNCONDITIONAL
                 return self._negative(original, args, kwargs) if negative else original(*args, **kwargs)
             sample = self._sample(args, kwargs)
             parts, lists = 3 if self.layout == "positive_of_three" else 2, isinstance(sample, list)
@@ -277,20 +282,33 @@ def add_negative_guidance(
         TypeError: Not a pipeline, or something that is no model as negative.
     """
     alpha, beta = _checked("alpha", alpha), _checked("beta", beta)
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    names = denoiser_names(pipeline)
     layout: GuidanceLayout = "batched" if batches_both_sides else "separate"
+    for each in names:
+        check_guidable(pipeline, each)
     if batches_both_sides is None:
-        layout = _known_layout(pipeline)
-    _check_guidable(pipeline, denoiser)
-    theta, name = None, getattr(pipeline, "name_or_path", None) or "another one"
-    if base is not None:
-        whole = read_negative(base, pipeline)
-        theta, name = whole.denoiser, whole.name
-        if theta is None:
+        layout = known_layout(pipeline)
+    theta: dict[str, nn.Module] = {}
+    name = getattr(pipeline, "name_or_path", None) or "another one"
+    for whole in [] if base is None else read_negatives(base, pipeline):
+        name = whole.name
+        if whole.denoiser is None:
             raise ValueError(f"base is a LoRA ({name}), and a whole denoiser is needed.")
-    read = read_negative(negative, pipeline)
-    _warn_of_another_base(theta or denoiser, name, read)
-    return NegativeGuidance(pipeline, read, theta, alpha, beta, layout)
+        theta[whole.attribute] = whole.denoiser
+    reads = read_negatives(negative, pipeline)
+    # One record may be of several denoisers.
+    for read in {str(read.record): read for read in reads}.values():
+        warn_of_another_base({each: theta.get(each, getattr(pipeline, each)) for each in names}, name, read)
+    guidances: list[NegativeGuidance] = []
+    try:
+        for read in reads:
+            guidances.append(NegativeGuidance(pipeline, read, theta.get(read.attribute), alpha, beta, layout))
+    except BaseException:
+        for guidance in guidances:
+            guidance.remove()
+        raise
+    first, *first.others = guidances
+    return first
 
 
 @contextmanager
@@ -321,62 +339,6 @@ def negative_guidance(
 
 def guidance_of(pipeline: DiffusionPipeline) -> NegativeGuidance | None:
     """The negative guidance that is active in a pipeline."""
-    return vars(getattr(pipeline, denoiser_name(pipeline))).get(_MARK)
-
-
-def _known_layout(pipeline: DiffusionPipeline) -> GuidanceLayout:
-    family = guided_family(pipeline)
-    if family is not None and family.guidance_layout is not None:
-        return family.guidance_layout
-    known = [each for each in families() if each.guidance_layout is not None]
-    names = sorted(name for each in known for name in (each.pipeline_class, *each.guided_pipelines))
-    raise ValueError(
-        f"It is not known how a {type(pipeline).__name__} calls its denoiser for guidance; known are "
-        f"{', '.join(names)}. Look into its __call__ and pass batches_both_sides=True where one call gets [negative; "
-        'positive] stacked, or False where each side has a call of its own within cache_context("cond") and '
-        'cache_context("uncond"), or the negative one with its variable negative_prompt_embeds.'
-    )
-
-
-def _check_guidable(pipeline: DiffusionPipeline, denoiser: nn.Module) -> None:
-    name, kind = denoiser_name(pipeline), type(pipeline).__name__
-    if not isinstance(denoiser, ModelMixin):
-        raise ValueError(
-            f"The pipeline's {name} is wrapped in a {type(denoiser).__name__}. Put the model itself there: "
-            "PeftModel.get_base_model() keeps the adapter in it; compile after the guidance was added, or not at all."
-        )
-    if hasattr(denoiser, _MARK):
-        raise ValueError("This pipeline has a negative model already. Call remove() on it first.")
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    if denoiser.config.get("time_cond_proj_dim") is not None or "negative_prompt" not in parameters:
-        raise ValueError(
-            f"This {kind} has no classifier-free guidance (its denoiser is distilled to sample without), so there is "
-            "no negative side. Use the model that it was distilled from."
-        )
-    if getattr(pipeline, f"{name}_2", None) is not None:
-        raise ValueError(f"This {kind} has two {name}s, one per range of noise, and a negative model is of one.")
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise ValueError(
-            "The denoiser caches what it computed at earlier steps, which the two sides would share. Call "
-            f"pipeline.{name}.disable_cache() first."
-        )
-    if "true_cfg_scale" in parameters:
-        logger.warning(
-            f"In a {kind} guidance_scale is an input of a distilled denoiser. The negative model acts only where you "
-            "pass true_cfg_scale above 1 and a negative_prompt."
-        )
-
-
-def _warn_of_another_base(theta: nn.Module, name: str, negative: Negative) -> None:
-    record = negative.record or {}
-    stored = record.get("base_fingerprint_rounded")
-    if not stored:
-        return
-    own = rounded_fingerprints(theta)
-    # The same weights in another precision agree in one of the two.
-    if all(own[precision] != value for precision, value in stored.items()):
-        logger.warning(
-            f"The negative model {negative.name} was trained from {record['base_model'] or 'a local pipeline'} "
-            f"(fingerprint {record['base_fingerprint']}), and the pipeline is {name}, whose weights differ. Pass "
-            "base= where the pipeline was tuned from that model; else expect poor images."
-        )
+    found = [vars(getattr(pipeline, name)).get(MARK) for name in denoiser_names(pipeline)]
+    # The one that the others follow.
+    return next((each for each in found if each is not None), None)

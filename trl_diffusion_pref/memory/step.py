@@ -1,5 +1,6 @@
 """A trainer's own step on fake tensors."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from types import SimpleNamespace
@@ -43,7 +44,10 @@ class _Encoder:
     def __init__(self, pipeline: DiffusionPipeline, family: Family, args: DiffusionPreferenceConfig) -> None:
         self.preparation = preparation_for(pipeline, family, as_resolution(args.resolution), args.num_frames)
         self.shapes, self.family = family.input_shapes(pipeline, self.preparation.shape), family
-        self.latent_shape = self.shapes.latents
+        self.pipeline, self.latent_shape = pipeline, self.shapes.latents
+
+    def condition_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return self.family.condition_shapes(self.pipeline, names, self.preparation.shape)
 
     def prompts(self, rows: int) -> dict[str, Tensor]:
         prompts = {}
@@ -115,6 +119,7 @@ class FakeStep:
         peft_config: LoraConfig | None,
         device_type: str,
     ) -> None:
+        family = family.with_denoiser(args.denoiser)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.args, self.accelerator = args, _OneProcess(device_type, dtype)
         self.encoder = _Encoder(pipeline, family, args)
@@ -145,10 +150,10 @@ class FakeStep:
             add_callback=lambda callback: None,
             train_dataset={"row": self.rows},
             eval_dataset=None,
-            denoise=Denoiser(family, self.accelerator, sharded=False),
+            denoise=Denoiser(family, self.accelerator, sharded=False, loss_on_mask=args.loss_on_mask),
             _ref_model=None,
         )
-        trainer.layout = trainer.make_layout().conditioned_on(family.condition_images)
+        trainer.layout = trainer.make_layout().conditioned_on(family)
         trainer.check_step(peft_config)
         trainer.setup_step()
         self.accelerator.prepare_model(self.model)
@@ -210,6 +215,9 @@ class FakeStep:
             latents=latents,
             prompts=encoder.prompts(rows),
             sample_conditioning={},
-            conditions={name: torch.ones(rows, *encoder.latent_shape) for name in layout.conditions},
+            conditions={
+                name: torch.ones(rows, *shape)
+                for name, shape in encoder.condition_shapes(layout.condition_names[: len(layout.conditions)]).items()
+            },
             scalars={name: torch.ones(rows, *per_sample) for name in layout.scalars},
         )

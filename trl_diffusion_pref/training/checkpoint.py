@@ -24,11 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..data import Encoders
 from ..export.weights import (
     RUN_RECORD,
-    load_denoiser_weights,
+    load_denoisers,
     lora_config,
     read_run_record,
     save_all_but_denoiser,
-    save_denoiser,
+    save_denoisers,
     save_lora,
     save_pipeline,
     write_run_record,
@@ -130,7 +130,7 @@ class Checkpointer:
             kohya = args.lora_format == "kohya"
             save_lora(self.pipeline, self.family, model, folder, state_dict, kohya=kohya)
         elif self.writing:
-            save_denoiser(model, folder / self.family.denoiser_name, state_dict)
+            save_denoisers(model, self.family.denoiser_name, folder, state_dict)
         else:
             save_pipeline(self.pipeline, self.family, folder, state_dict, encoders=self.encoders.present())
         write_run_record(folder, self.record)
@@ -151,11 +151,11 @@ class Checkpointer:
             self._frozen_parts_written = True
         if lora:
             # For load_lora_weights, where the pipeline has it, and for kohya's scripts, where it was asked for.
-            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("*_lora_weights.safetensors")]:
+            for file in [*checkpoint.glob("adapter_*"), *checkpoint.glob("*_lora_weights*.safetensors")]:
                 shutil.copy(file, folder / file.name)
         else:
-            name = self.family.denoiser_name
-            shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
+            for name in self.family.trained_ranges(self.pipeline):
+                shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
         shutil.copy(checkpoint / RUN_RECORD, folder / RUN_RECORD)
 
     # ---- Reading -------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Checkpointer:
 
     def read_denoiser(self, denoiser: nn.Module, folder: Path) -> None:
         """Loads the weights of full training."""
-        denoiser.load_state_dict(load_denoiser_weights(folder / self.family.denoiser_name), strict=True)
+        load_denoisers(denoiser, self.family.denoiser_name, folder)
 
     def _file(self, folder: Path, name: str, process_index: int) -> Path:
         suffix = f"-{process_index}" if self.parts[name].per_process else ""
@@ -269,6 +269,12 @@ class Checkpointer:
 
     def _check_base(self, folder: Path, remedy: str) -> None:
         record, own = read_run_record(folder), self.record["base_fingerprint"]
+        names = None if record is None else record.get("denoisers")
+        if names and names != self.record.get("denoisers"):
+            raise ValueError(
+                f"{folder} holds {' and '.join(names)} and this run trains {' and '.join(self.record['denoisers'])}. "
+                "Set the option denoiser as it was, or give this run another output_dir."
+            )
         if record is not None and record["base_fingerprint"] != own:
             raise ValueError(
                 f"{folder} was trained from another base model ({record['base_model'] or 'a local pipeline'}, "
@@ -296,8 +302,10 @@ class Checkpointer:
                     f"{folder} holds another LoRA: {'; '.join(different)}. Resume with its peft_config, or start a "
                     "new run."
                 )
-        elif not (folder / self.family.denoiser_name).is_dir():
-            raise ValueError(f"{folder} holds no folder {self.family.denoiser_name}, so it is no full checkpoint.")
+        else:
+            for name in self.family.trained_ranges(self.pipeline):
+                if not (folder / name).is_dir():
+                    raise ValueError(f"{folder} holds no folder {name}, so it is no full checkpoint.")
 
     @staticmethod
     def _check_whole(folder: Path) -> None:

@@ -58,6 +58,10 @@ class DiffusionPreferenceConfig(DataConfig):
         gradient_checkpointing (`bool`, *optional*):
             Older name of `activation_checkpointing`.
 
+        denoiser (`str`, *optional*):
+            Which one to train where the pipeline has several, each for a range of noise: the pipeline's attribute,
+            such as `"transformer"` or `"transformer_2"`. Times are then drawn from its range alone, and the others
+            leave the accelerator. Default: all of them at once. An error for other pipelines, except their only name.
         lora_format (`str`, *optional*, defaults to `"diffusers"`):
             Under which names a LoRA is saved: `"diffusers"` for `load_lora_weights` (or PEFT, for pipelines without
             it), `"kohya"` for ComfyUI and kohya's scripts too, in the file `kohya_lora_weights.safetensors` beside.
@@ -76,6 +80,9 @@ class DiffusionPreferenceConfig(DataConfig):
             s of `t' = s t / (1 + (s - 1) t)`, positive: moves a flow model's training times, and Self-NPO's solver
             grid, towards the noise. Default: what the scheduler's config says, by the image's size where it says so;
             1 leaves times unchanged, as diffusers' examples train Flux. An error for other models.
+        loss_on_mask (`bool`, *optional*, defaults to `False`):
+            Takes errors over the masked part of each sample alone, which the pipeline generates; the rest of the image
+            is given. For losses, metrics and held-out likelihoods. An error for pipelines that take no `mask_image`.
         eval_draws (`int`, *optional*, defaults to `8`):
             Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
             likelihoods for the preference accuracy; at least 0, which leaves it out. More cost more and vary less.
@@ -113,10 +120,12 @@ class DiffusionPreferenceConfig(DataConfig):
     activation_checkpointing: bool | None = None
     # TRL's default of True would go through transformers' deprecated name; see __post_init__.
     gradient_checkpointing: bool | None = None  # type: ignore[assignment]  # None says that it was not set
+    denoiser: str | None = None
     lora_format: Literal["diffusers", "kohya"] = "diffusers"
     prompt_dropout: float = 0.0
     timestep_sampling: Literal["logit_normal", "uniform", "mode"] | None = None
     timestep_shift: float | None = None
+    loss_on_mask: bool = False
     eval_draws: int = 8
     bf16: bool | None = None  # type: ignore[assignment]  # None until __post_init__
     dataloader_pin_memory: bool | None = None  # type: ignore[assignment]  # None until __post_init__
@@ -218,7 +227,12 @@ class DiffusionPreferenceConfig(DataConfig):
         """
         return dtypes_of_torch(cast(dict[str, Any], self.model_init_kwargs or {}))
 
-    def noise_process(self, scheduler: Any, image_tokens: int | None = None) -> NoiseProcess:
+    @property
+    def reads_empty_prompt(self) -> bool:
+        """Whether training needs the conditioning on the empty prompt."""
+        return bool(self.prompt_dropout)
+
+    def noise_process(self, scheduler: Any, image_tokens: float | None = None) -> NoiseProcess:
         """A pipeline's noise process with this config's training times; see `diffusion.noise.noise_process`."""
         sampling, shift = self.timestep_sampling, self.timestep_shift
         return noise_process(scheduler, image_tokens, timestep_sampling=sampling, timestep_shift=shift)

@@ -1,6 +1,6 @@
 """One call of a denoiser on a noisy batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..data import NoisyBatch
+from ..diffusion.elbo import denoising_error
 from ..families import Family
 
 
@@ -22,15 +23,25 @@ class Denoiser:
 
     Args:
         sharded: Whether weights are sharded by FSDP or DeepSpeed.
+        loss_on_mask: Whether errors are means over the latents that the condition images' mask marks, not over all.
     """
 
-    def __init__(self, family: Family, accelerator: Accelerator, *, sharded: bool) -> None:
+    def __init__(self, family: Family, accelerator: Accelerator, *, sharded: bool, loss_on_mask: bool = False) -> None:
         self.family, self.accelerator, self.sharded = family, accelerator, sharded
+        self.loss_on_mask = loss_on_mask
         self._weights: WeakKeyDictionary[nn.Module, nn.Parameter] = WeakKeyDictionary()
 
     def __call__(self, model: nn.Module, noisy: NoisyBatch) -> Tensor:
         """Predictions `(S B, ...)` of a possibly wrapped model."""
         return self.family.predict(model, noisy.x_t.to(self._dtype(model)), noisy.model_time, noisy.conditioning)
+
+    def region(self, conditioning: Mapping[str, Tensor]) -> Tensor | None:
+        """Where errors count, `(S B, 1, ...)`, as `denoising_error` takes it; None for everywhere."""
+        return self.family.loss_region(conditioning) if self.loss_on_mask else None
+
+    def error(self, prediction: Tensor, noisy: NoisyBatch) -> Tensor:
+        """The error of each prediction, `(S B,)` float32."""
+        return denoising_error(prediction, noisy.target, self.region(noisy.conditioning))
 
     def of(self, model: nn.Module) -> Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]:
         """The same of one model, as a function of noisy latents, the denoiser's times and conditioning."""

@@ -21,12 +21,18 @@ from ..data import (
     check_columns,
 )
 from ..data.buckets import BucketBatchSampler
-from ..data.layouts import check_ignored_columns, labelled_datasets, named_datasets
+from ..data.layouts import (
+    check_ignored_columns,
+    column_names,
+    labelled_datasets,
+    named_datasets,
+    with_condition_column,
+)
 from ..data.pair_source import PairSource
 from ..data.pairs import convert
 from ..data.resolution import Resolution
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
-from ..families import Family
+from ..families import Family, all_families
 from .config import DiffusionPreferenceConfig
 
 
@@ -35,10 +41,30 @@ logger = logging.getLogger(__name__)
 Encoded = (EncodedDataset, EncodedStream)
 
 
+def with_condition_columns(train_dataset: Any, eval_dataset: Any, family: Family) -> tuple[Any, Any]:
+    """Both with `with_condition_column`, also where there are several for evaluation."""
+    if isinstance(eval_dataset, dict):
+        evaluated: Any = {name: with_condition_column(each, family) for name, each in eval_dataset.items()}
+    else:
+        evaluated = with_condition_column(eval_dataset, family)
+    return with_condition_column(train_dataset, family), evaluated
+
+
+def layout_of(layout: Layout, family: Family, train_dataset: Any, eval_dataset: Any) -> Layout:
+    """A layout with the condition images of a run, which optional ones are where the training data have them."""
+    evaluated = [dataset for _, dataset in labelled_datasets(eval_dataset)]
+    first = next((dataset for dataset in (train_dataset, *evaluated) if dataset is not None), None)
+    if isinstance(first, EncodedDataset):
+        return layout.conditioned_on(family, [*first.record["samples"], *first.record["conditions"]])
+    known = isinstance(first, (Dataset, IterableDataset))
+    return layout.conditioned_on(family, column_names(first) if known else None)
+
+
 def rows_of(
     train_dataset: Any,
     eval_dataset: Any,
     layout: Layout,
+    family: Family,
     args: DiffusionPreferenceConfig,
     *,
     training: bool = True,
@@ -54,14 +80,20 @@ def rows_of(
 
     Raises:
         ValueError: A data set is missing or empty, its layout is not known, no label can be used, or it has a column
-            that training would ignore.
+            that training would ignore; or `loss_on_mask` where rows have no mask.
         TypeError: Not a data set.
     """
+    if args.loss_on_mask and family.mask_column is None:
+        raise ValueError(
+            f"loss_on_mask=True: {family.pipeline_class} takes no mask. Leave the option out, or train a pipeline for "
+            f"inpainting: {', '.join(each.pipeline_class for each in all_families() if each.mask_column)}."
+        )
     sources: dict[str, PairSource] = {}
     if training:
-        train_dataset = rows_of_one(train_dataset, "train_dataset", layout, args, sources)
+        train_dataset = rows_of_one(train_dataset, "train_dataset", layout, family, args, sources)
     evaluated = [
-        rows_of_one(dataset, label, layout, args, sources) for label, dataset in labelled_datasets(eval_dataset)
+        rows_of_one(dataset, label, layout, family, args, sources)
+        for label, dataset in labelled_datasets(eval_dataset)
     ]
     if isinstance(eval_dataset, dict):
         return train_dataset, dict(zip(eval_dataset, evaluated, strict=True)), sources
@@ -72,6 +104,7 @@ def rows_of_one(
     dataset: Any,
     label: str,
     layout: Layout,
+    family: Family,
     args: DiffusionPreferenceConfig,
     sources: dict[str, PairSource],
 ) -> Any:
@@ -90,7 +123,7 @@ def rows_of_one(
         if source is not None:
             sources[label] = source
     check_columns(dataset, label, layout)
-    check_ignored_columns(dataset, label, layout)
+    check_ignored_columns(dataset, label, layout, family)
     if isinstance(dataset, Dataset):
         args.check_rows(dataset, label)
     return dataset
@@ -102,7 +135,7 @@ def encoded_for_evaluation(eval_dataset: Any, encoder: DatasetEncoder, args: Dif
         return eval_dataset
     if all(encoder.is_encoded(dataset) for _, dataset in named_datasets(eval_dataset)):
         return eval_dataset
-    _, rows, sources = rows_of(None, eval_dataset, encoder.layout, args, training=False)
+    _, rows, sources = rows_of(None, eval_dataset, encoder.layout, encoder.family, args, training=False)
     return encoder.encode_all(None, rows, args.device, sources)[1]
 
 
@@ -151,6 +184,8 @@ def encoder_for(
         )
     if layout.samples == PAIRS.samples:
         options = replace(options, pairs=args.pair_options())
+    if layout.conditions and family.prompts_see_images:
+        options = replace(options, keep_empty_prompt=args.reads_empty_prompt)
     where: dict[str, Any] = {"cache_folder": args.cache_folder(), "batch_size": args.encode_batch_size}
     return DatasetEncoder(pipeline, family, layout, options, encoders=encoders, **where)
 
@@ -238,6 +273,20 @@ def _has_buckets(dataset: Any) -> bool:
 def training_loader(dataset: Any, args: DiffusionPreferenceConfig, collate: Callable[..., Any]) -> Any:
     """Batches of a data set with buckets; None for others, which transformers loads."""
     return _in_buckets(dataset, args.train_batch_size, args, collate, training=True) if _has_buckets(dataset) else None
+
+
+def check_one_size(dataset: Any, several_sizes: bool) -> None:
+    """Raises where an algorithm keeps rows from one step to the next whose condition images have several sizes.
+
+    Raises:
+        ValueError: They have.
+    """
+    if not several_sizes and _has_buckets(dataset):
+        raise ValueError(
+            f"train_dataset has condition images of {len(set(dataset.buckets.tolist()))} sizes or numbers, and this "
+            "method keeps rows from one step to the next, which must be alike. Bring the images to one shape, and "
+            "give each row equally many."
+        )
 
 
 def stream_loader(dataset: Any, args: DiffusionPreferenceConfig) -> StreamLoader | None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..export.weights import check_exportable, lora_config, lora_metadata
 from ..families import Family
+from ..families.denoisers import NoiseRouter, parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import weights_fingerprint
 from .config import DiffusionPreferenceConfig
@@ -37,6 +38,12 @@ def taken_out_of_peft_model(
         The denoiser, and the wrapper that it came in, for `make_trainable`.
     """
     denoiser = family.denoiser(pipeline)
+    wrapped = [name for name, part in parts_of(denoiser, "").items() if name and isinstance(part, PeftModel)]
+    if wrapped:
+        raise ValueError(
+            f"The pipeline's {' and '.join(wrapped)} came in a PeftModel, which can be trained alone "
+            f"(denoiser={wrapped[0]!r}). To train several denoisers at once, put their LoRAs in by load_lora_weights."
+        )
     if not isinstance(denoiser, PeftModel):
         yield denoiser, None
         return
@@ -54,11 +61,19 @@ def carries_adapter(module: nn.Module) -> bool:
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
-def with_targets(peft_config: LoraConfig, family: Family) -> LoraConfig:
-    """A copy, with the family's target modules where it names none."""
+def with_targets(peft_config: LoraConfig, family: Family, base: nn.Module) -> LoraConfig:
+    """A copy, with the family's target modules where it names none.
+
+    Args:
+        base: The denoiser. Of several, regular expressions in the config are those of one denoiser's modules.
+    """
     peft_config = copy.deepcopy(peft_config)
     if peft_config.target_modules is None:
-        peft_config.target_modules = list(family.lora_target_modules)
+        peft_config.target_modules = family.lora_targets(base)
+    if isinstance(base, NoiseRouter):
+        for option in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(peft_config, option), str) and value != "all-linear":
+                setattr(peft_config, option, rf"(?:(?:{'|'.join(base.names)})\.)?(?:{value})")
     return peft_config
 
 
@@ -80,13 +95,19 @@ def check_trainable(
             f"This {type(base).__name__} is distilled: it takes the guidance scale as an input "
             "(time_cond_proj_dim), which training would leave out. Tune the model that it was distilled from."
         )
+    if isinstance(base, NoiseRouter) and args.shards_weights:
+        raise ValueError(
+            f"FSDP and DeepSpeed cannot train {' and '.join(base.names)} at once: a process calls the one that its "
+            "samples' noise asks for, and the others would wait for it. Use DDP, or train one at a time, with "
+            f"denoiser={base.names[-1]!r}."
+        )
     check_gradient_checkpointing(args, family, base)
     _check_quantised(base, family, args, lora=peft_config is not None or carries_adapter(base))
     kohya = args.lora_format == "kohya"
     if kohya and peft_config is None and not carries_adapter(base):
         raise ValueError("lora_format='kohya' is for a LoRA. Pass peft_config=LoraConfig(...), or leave it out.")
     if peft_config is not None:
-        check_exportable(with_targets(peft_config, family), base, family, kohya=kohya)
+        check_exportable(with_targets(peft_config, family, base), base, family, kohya=kohya)
     if carries_adapter(base):
         if peft_config is not None:
             raise ValueError(
@@ -149,6 +170,9 @@ def make_trainable(
         The denoiser, or the PEFT model around it.
     """
     apply_gradient_checkpointing(base, args)
+    if isinstance(base, NoiseRouter):
+        # DDP waits for the gradients of all parameters, and a step may need one denoiser alone.
+        args.ddp_find_unused_parameters = True
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False)
@@ -157,7 +181,7 @@ def make_trainable(
     if peft_config is not None:
         with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
             torch.manual_seed(args.seed)
-            return get_peft_model(base, with_targets(peft_config, family))
+            return get_peft_model(base, with_targets(peft_config, family, base))
     if base.dtype == torch.bfloat16:
         logger.warning(
             f"Full fine-tuning of a bfloat16 {family.denoiser_name}: updates below 1/256 of a weight are "
@@ -187,12 +211,13 @@ def _carried_adapter(base: ModelMixin, model: PeftModel | None) -> PeftModel:
 
 
 def _remove_adapters(denoiser: nn.Module) -> None:
-    if isinstance(denoiser, PeftAdapterMixin):
-        denoiser.unload_lora()
-        return
-    # Of pipelines without load_lora_weights: PEFT put them in.
-    recurse_remove_peft_layers(denoiser)
-    del denoiser.peft_config
+    for part in parts_of(denoiser, "").values():
+        if isinstance(part, PeftAdapterMixin):
+            part.unload_lora()
+        else:
+            # Of pipelines without load_lora_weights: PEFT put them in.
+            recurse_remove_peft_layers(part)
+            del part.peft_config
 
 
 def has_gradient_checkpointing(base: ModelMixin) -> bool:

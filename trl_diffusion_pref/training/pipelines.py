@@ -11,7 +11,6 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
 from torch import nn
 
 from ..data import Encoders
@@ -70,7 +69,8 @@ def encoders_of(
         loaded = load_pipeline(model, {**model_init_kwargs, **others})
         return {name: getattr(loaded, name) for name in names}
 
-    return Encoders(pipeline, family, load, kept=[name for name in family.encoder_names if name in model_init_kwargs])
+    names = (*family.encoder_names, *family.idle_denoisers)
+    return Encoders(pipeline, family, load, kept=[name for name in names if name in model_init_kwargs])
 
 
 def check_not_offloaded(pipeline: DiffusionPipeline) -> None:
@@ -148,7 +148,7 @@ def load_reference_model(
     if isinstance(ref_model, DiffusionPipeline):
         check_not_offloaded(ref_model)
         ref_model = family.denoiser(ref_model)
-    if ref_model is base or (isinstance(ref_model, PeftModel) and ref_model.get_base_model() is base):
+    if next(ref_model.parameters(), None) is next(base.parameters()):
         raise ValueError(
             "ref_model is the very model that is trained, so it would change with it. Leave it out: the trainer makes "
             "its own reference."

@@ -15,14 +15,13 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from ..data import PAIRS
-from ..data.shards import key_of
 from ..evaluation.loading import loaded_pipeline
 from ..evaluation.sampling import described_options
 from ..export.files import write_whole
-from ..export.weights import LORA_FILE
+from ..export.weights import LORA_FILE, load_denoisers
 from ..families import Family, family_for
-from ..preference_data import make_pairs, read_prompts
-from ..preference_data.prompts import Prompts
+from ..preference_data import make_pairs
+from ..preference_data.prompts import Prompts, edits_digest, read_edits
 from ..preference_data.reward_identity import reward_identity
 from ..rewards.scoring import Rewards, named_rewards
 from .checkpoint import last_usable_checkpoint
@@ -83,7 +82,7 @@ def train_in_rounds(
         model: Hub id, folder or loaded pipeline. A loaded one is trained in place, and ends with the last round's
             weights.
         args: Of each round's training. Round k is in `<output_dir>/round-<k>`, and its seed is `seed + k - 1`.
-        prompts: See `preference_data.read_prompts`.
+        prompts: See `make_pairs`; for pipelines that edit images, with the images.
         rewards: See `rewards.score`.
         rounds: How often, at least 1. More can be added later by another call.
         samples_per_prompt: In each round.
@@ -114,20 +113,20 @@ def train_in_rounds(
         raise ValueError(f"rounds={rounds}: at least one is needed.")
     if trainer_class.layout.samples != PAIRS.samples:
         raise ValueError(f"{trainer_class.__name__} does not train on pairs, which rounds make. Use one that does.")
-    texts, named, output = read_prompts(prompts), named_rewards(rewards), Path(str(args.output_dir))
+    edits, named, output = read_edits(prompts), named_rewards(rewards), Path(str(args.output_dir))
     options = {"samples_per_prompt": samples_per_prompt, **(pair_options or {}), **pipeline_kwargs}
     _check_run(
         output,
         {
             "trainer": trainer_class.__name__,
             "seed": args.seed,
-            "prompts": {"number": len(texts), "digest": key_of(texts).hex()},
+            "prompts": {"number": len(edits.prompts), "digest": edits_digest(edits)},
             "rewards": {name: reward_identity(reward) for name, reward in named.items()},
             "sampling and pairs": described_options(options),
         },
     )
     pipeline = loaded_pipeline(model, args.loading or None)
-    family = family_for(pipeline)
+    family = family_for(pipeline).with_denoiser(args.denoiser)
     if peft_config is not None and family.lora_format == "peft":
         raise ValueError(
             f"{type(pipeline).__name__} has no load_lora_weights, with which the next round would go on training the "
@@ -141,7 +140,7 @@ def train_in_rounds(
                 _load_weights(pipeline, family, results[-1].folder)
             pairs = make_pairs(
                 {f"start of round {number}": pipeline},
-                texts,
+                edits,
                 named,
                 folder / "data",
                 seed=args.seed + number - 1,
@@ -204,13 +203,14 @@ def _train(
 
 def _load_weights(pipeline: DiffusionPipeline, family: Family, folder: Path) -> None:
     """Puts the weights that a round has saved into the pipeline, as they come back from disk."""
-    denoiser = family.denoiser(pipeline)
-    if (folder / LORA_FILE).is_file():
+    each = [family.with_denoiser(name) for name in family.trained_ranges(pipeline)]
+    with_lora = [own for own in each if (folder / own.own_file(LORA_FILE)).is_file()]
+    if with_lora:
         pipeline.unload_lora_weights()
-        pipeline.load_lora_weights(folder)
+        for own in with_lora:
+            pipeline.load_lora_weights(folder, **own.lora_arguments())
         return
-    saved = type(denoiser).from_pretrained(folder / family.denoiser_name, torch_dtype=denoiser.dtype)
-    denoiser.load_state_dict(saved.state_dict())
+    load_denoisers(family.denoiser(pipeline), family.denoiser_name, folder)
 
 
 def _mean_scores(pairs: Dataset, rewards: list[str]) -> dict[str, dict[str, float]]:

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
 from ..data.decode.audio import Waveform
+from ..evaluation.condition_images import Conditions, GivenImages, images_of
 from ..evaluation.sample_files import Sample, png_bytes, read_sample, write_sample
-from ..evaluation.sampling import sample, seeds_for
+from ..evaluation.sampling import images_to_edit, sample, seeds_for
 from ..export.files import write_whole
 from .trainer import DiffusionTrainer
 
@@ -27,9 +28,10 @@ class SampleCallback(TrainerCallback):
     """Samples before the first step and every so many steps, and shows both side by side.
 
     Each time it writes `samples/step-<step>.png` to the output folder, one row for each prompt with the start's sample
-    on the left, and passes it to TensorBoard, Weights & Biases and Trackio, as far as `report_to` names them. Of
-    videos the picture shows the first, a middle and the last frame. Videos and audio are also written as files of
-    their own, in `samples/step-<step>/`. The model card shows the pictures.
+    on the left, and left of it the images that were edited, if any were. It passes the picture to TensorBoard, Weights
+    & Biases and Trackio, as far as `report_to` names them. Of videos the picture shows the first, a middle and the
+    last frame. Videos and audio are also written as files of their own, in `samples/step-<step>/`. The model card
+    shows the pictures.
 
     The first process samples, and the others wait. Training is not affected: random states, training mode, adapters
     and the scheduler are as before.
@@ -40,11 +42,12 @@ class SampleCallback(TrainerCallback):
         every: Steps between two times, at least 1.
         seed: The samples' seeds depend on it and on the prompts.
         batch_size: Samples in one call of the pipeline.
-        images: For pipelines that edit images: the image of each prompt, see `evaluation.sample`.
+        images: For pipelines that edit images: the image of each prompt, or a list of them, see `evaluation.sample`.
         **pipeline_kwargs: Arguments of the pipeline's call, such as `guidance_scale` or `num_inference_steps`.
 
     Raises:
-        ValueError: No prompts, `every` below 1, or FSDP or DeepSpeed, with which no process holds all weights.
+        ValueError: No prompts, `every` below 1, images that `evaluation.sample` refuses, or FSDP or DeepSpeed, with
+            which no process holds all weights.
 
     Example:
 
@@ -61,7 +64,7 @@ class SampleCallback(TrainerCallback):
         every: int = 100,
         seed: int = 0,
         batch_size: int = 4,
-        images: Sequence[Any] | None = None,
+        images: GivenImages = None,
         **pipeline_kwargs: Any,
     ) -> None:
         if not prompts or isinstance(prompts, str):
@@ -71,7 +74,8 @@ class SampleCallback(TrainerCallback):
         if trainer.shards_weights:
             raise ValueError("SampleCallback needs all weights in one process, which FSDP and DeepSpeed do not have.")
         self.trainer, self.prompts, self.every = trainer, list(prompts), every
-        self.batch_size, self.images, self.pipeline_kwargs = batch_size, images, pipeline_kwargs
+        self.batch_size, self.pipeline_kwargs = batch_size, pipeline_kwargs
+        self.images = images_to_edit(trainer.encoders.pipeline, images, self.prompts)
         self.seeds = seeds_for(self.prompts, seed=seed)
         self._start: list[Sample] | None = None
         self._group: Any = None
@@ -91,7 +95,7 @@ class SampleCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.is_world_process_zero():
             folder = Path(str(trainer.args.output_dir)) / FOLDER
-            with trainer.encoders.on_device(trainer.args.device):
+            with trainer.encoders.on_device(trainer.args.device, to_sample=True):
                 samples = list(
                     sample(
                         trainer.encoders.pipeline,
@@ -111,7 +115,7 @@ class SampleCallback(TrainerCallback):
                 if not isinstance(one, Image.Image):
                     suffix = ".wav" if isinstance(one, Waveform) else ""
                     write_sample(folder / name / f"{number:03}{suffix}", one)
-            picture = side_by_side(self._start, samples, self.prompts)
+            picture = side_by_side(self._start, samples, self.prompts, self.images)
             write_whole(folder / f"{name}.png", png_bytes(picture))
             self._report(picture, step)
         if self._group is not None:
@@ -141,24 +145,47 @@ class SampleCallback(TrainerCallback):
                     tracker.log({FOLDER: picture_log, "train/global_step": step})
 
 
-def side_by_side(start: Sequence[Sample] | None, current: Sequence[Sample], prompts: Sequence[str]) -> Image.Image:
-    """One row for each prompt: the start's sample, where there is one, and the current one; the prompt above."""
-    columns = [("start", start)] * (start is not None) + [("now", current)]
-    shown = [[_picture(samples[row]) for _, samples in columns if samples is not None] for row in range(len(prompts))]
-    width, height = shown[0][0].size
+def side_by_side(
+    start: Sequence[Sample] | None,
+    current: Sequence[Sample],
+    prompts: Sequence[str],
+    images: Conditions | None = None,
+) -> Image.Image:
+    """One row for each prompt, which stands above it: what was edited, the start's sample, and the current one.
+
+    Args:
+        start: The start's samples; None where they are not known.
+        images: What was edited; None where samples come from text alone.
+    """
+    columns = {"now": [_picture(one) for one in current]}
+    if start is not None:
+        columns = {"start": [_picture(one) for one in start]} | columns
+    if images:
+        columns = {"source": [_strip(images_of(images, row)) for row in range(len(prompts))]} | columns
+    # Edits may differ in size.
+    widths = [max(one.width for one in pictures) for pictures in columns.values()]
+    heights = [max(pictures[row].height for pictures in columns.values()) for row in range(len(prompts))]
     canvas = Image.new(
         "RGB",
-        (_GAP + len(columns) * (width + _GAP), _LABEL + len(prompts) * (height + _LABEL + _GAP) + _GAP),
+        (
+            _GAP + sum(width + _GAP for width in widths),
+            _LABEL + sum(height + _LABEL + _GAP for height in heights) + _GAP,
+        ),
         "white",
     )
     pen = ImageDraw.Draw(canvas)
-    for column, (name, _) in enumerate(columns):
-        pen.text((_GAP + column * (width + _GAP), 2), name, fill="black")
-    for row, (prompt, pictures) in enumerate(zip(prompts, shown, strict=True)):
-        top = _LABEL + row * (height + _LABEL + _GAP)
+    left = _GAP
+    for (name, pictures), width in zip(columns.items(), widths, strict=True):
+        pen.text((left, 2), name, fill="black")
+        top = _LABEL
+        for one, height in zip(pictures, heights, strict=True):
+            canvas.paste(one, (left, top + _LABEL))
+            top += height + _LABEL + _GAP
+        left += width + _GAP
+    top = _LABEL
+    for prompt, height in zip(prompts, heights, strict=True):
         pen.text((_GAP, top), " ".join(prompt.split()), fill="black")
-        for column, one in enumerate(pictures):
-            canvas.paste(one, (_GAP + column * (width + _GAP), top + _LABEL))
+        top += height + _LABEL + _GAP
     return canvas
 
 
@@ -166,13 +193,22 @@ def _picture(one: Sample) -> Image.Image:
     """A sample as a picture of moderate size: of a video three frames, of audio its waveform."""
     if isinstance(one, Waveform):
         return _waveform(one)
-    frames = [one] if isinstance(one, Image.Image) else [one[0], one[len(one) // 2], one[-1]]
-    scale = _CELL / max(frames[0].size)
-    size = (max(round(frames[0].width * scale), 1), max(round(frames[0].height * scale), 1))
-    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-    strip = Image.new("RGB", (size[0] * len(frames), size[1]))
-    for number, frame in enumerate(frames):
-        strip.paste(frame.convert("RGB").resize(size, kind), (number * size[0], 0))
+    return _strip([one] if isinstance(one, Image.Image) else [one[0], one[len(one) // 2], one[-1]])
+
+
+def _strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures in a row, each scaled so that its longer side is 256 pixels."""
+    scaled = []
+    for one in pictures:
+        scale = _CELL / max(one.size)
+        size = (max(round(one.width * scale), 1), max(round(one.height * scale), 1))
+        kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+        scaled.append(one.convert("RGB").resize(size, kind))
+    strip = Image.new("RGB", (sum(one.width for one in scaled), max(one.height for one in scaled)), "white")
+    left = 0
+    for one in scaled:
+        strip.paste(one, (left, 0))
+        left += one.width
     return strip
 
 

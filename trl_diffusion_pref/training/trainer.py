@@ -96,10 +96,11 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         self.args = args = args.own_copy()
         args.check_data(train_dataset, eval_dataset)
         check_token(args)
-        self.family = pipelines.family_of(model, args.loading)
-        self.layout = self.make_layout().conditioned_on(self.family.condition_images)
+        self.family = pipelines.family_of(model, args.loading).with_denoiser(args.denoiser)
+        train_dataset, eval_dataset = loaders.with_condition_columns(train_dataset, eval_dataset, self.family)
+        self.layout = loaders.layout_of(self.make_layout(), self.family, train_dataset, eval_dataset)
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
-        *given, sources = loaders.rows_of(train_dataset, eval_dataset, self.layout, args)
+        *given, sources = loaders.rows_of(train_dataset, eval_dataset, self.layout, self.family, args)
         pipeline = pipelines.load_pipeline(model, args.loading)
         self.encoders = pipelines.encoders_of(model, pipeline, self.family, args.loading)
         self.family.check_complete(pipeline)
@@ -122,6 +123,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
             if isinstance(self.noise_process, RectifiedFlow) and self.noise_process.shift is None:
                 self.noise_process = loaders.sized_process(args, pipeline.scheduler, self.family, self.encoder)
             # Only now are its parts changed, when all that can be wrong has been checked.
+            self.noise_process = self.noise_process.within(*self.family.trained_times(pipeline))
             denoiser = model_setup.make_trainable(base, pipeline, self.family, peft_config, wrapper, args)
         super().__init__(
             model=denoiser,
@@ -133,6 +135,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        loaders.check_one_size(train_dataset, self.several_sizes)
         self.checkpointer.record["data"] = data_record(given[0], train_dataset, self.layout)
         self.stream = loaders.stream_loader(train_dataset, args)
         make_trackers_start(self.callback_handler.callbacks)
@@ -140,7 +143,8 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         if self.stream is not None:
             self.checkpointer.parts["stream"], args.ignore_data_skip = self.stream, True  # it knows its place
         self.modes = Modes(args, self.encoder)
-        self.denoise = Denoiser(self.family, self.accelerator, sharded=self.shards_weights)
+        shards, on_mask = self.shards_weights, args.loss_on_mask
+        self.denoise = Denoiser(self.family, self.accelerator, sharded=shards, loss_on_mask=on_mask)
         self._evaluated: str | None = "eval "  # see `Mode.dataset`
         self.monitor = StepMonitor(args, self.accelerator, self.checkpointer, self._save_now, self.noise_process)
         self.add_callback(self.monitor)
@@ -182,7 +186,8 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         """Held-out accuracies of pairs, with the starting weights' likelihoods; None where there are no pairs."""
         if not self.args.eval_draws or self.layout.samples != PAIRS.samples:
             return None
-        held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws)
+        region = self.denoise.region if self.args.loss_on_mask else None
+        held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws, region)
         record = held_out.record(model_setup.starting_fingerprint(self.model, self.checkpointer.record))
         for name, dataset in named_datasets(self.eval_dataset) if not self.shards_weights else ():
             held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(

@@ -159,6 +159,14 @@ class DiffusionDPOConfig(GuardedConfig):
                 f"beta_schedule='flow' is not defined for loss_type={self.loss_type!r}, where beta is a weight too. "
                 "Use 'constant'."
             )
+        compares_predictions = "winner_preserving_mu" if self.winner_preserving_mu is not None else None
+        if self.loss_type.startswith("dspo"):
+            compares_predictions = f"loss_type={self.loss_type!r}"
+        if self.loss_on_mask and compares_predictions is not None:
+            raise ValueError(
+                f"loss_on_mask=True and {compares_predictions}, which compares predictions of the whole sample. Leave "
+                "out one of them."
+            )
         if self.reference == "precomputed" and self.loss_type.startswith("dspo"):
             raise ValueError(
                 f"loss_type={self.loss_type!r} needs the reference's predictions, and reference='precomputed' keeps "

@@ -13,7 +13,6 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ...data import PAIRS, Batch, Layout, Mode, NoisyBatch, corrupt, halves
 from ...data.layouts import Between, named_datasets
-from ...diffusion.elbo import denoising_error
 from ...diffusion.noise import RectifiedFlow
 from ...fingerprint import weights_fingerprint
 from ...training.callbacks import MoveReference
@@ -162,11 +161,13 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             weights = self.checkpointer.record["base_fingerprint"]
         else:
             weights = starting_fingerprint(self.model, self.checkpointer.record)
-        record = {
+        record: dict[str, Any] = {
             "weights": weights,
             "noise process": self.noise_process.describe(training_times=True),
             "resolution": list(self.encoder.preparation.shape),
         }
+        if self.args.loss_on_mask:
+            record["loss_on_mask"] = True
         errors = PrecomputedErrors(self.args, self._reference_errors, self.row_cache, record)
         none = torch.empty(0, dtype=torch.int64)
         errors.compute("train", self.train_dataset, self.modes.training(none, 0))
@@ -190,10 +191,10 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             beta = flow_dpo_beta(halves(self.noise_process.time_fraction(noisy.model_time))[0], options.beta)
 
         prediction = self.denoise(model, noisy)
-        errors = halves(denoising_error(prediction, noisy.target))
+        errors = halves(self.denoise.error(prediction, noisy))
         if ref_errors is None:
             ref_prediction = self._reference_prediction(noisy)
-            ref_errors = halves(denoising_error(ref_prediction, noisy.target))
+            ref_errors = halves(self.denoise.error(ref_prediction, noisy))
 
         chosen_error, rejected_error = errors
         if args.winner_preserving_mu is not None:
@@ -221,4 +222,4 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     def _reference_errors(self, batch: Batch, mode: Mode) -> Tensor:
         """`(2B,)`, for precomputing."""
         noisy = corrupt(batch, mode, self.noise_process)
-        return denoising_error(self._reference_prediction(noisy), noisy.target)
+        return self.denoise.error(self._reference_prediction(noisy), noisy)

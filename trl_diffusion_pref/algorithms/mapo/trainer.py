@@ -5,7 +5,6 @@ from typing import cast
 from torch import Tensor, nn
 
 from ...data import PAIRS, Batch, Mode, corrupt
-from ...diffusion.elbo import denoising_error
 from ...training.metrics import pair_metrics
 from ...training.trainer import DiffusionTrainer
 from .config import MaPOConfig
@@ -63,6 +62,6 @@ class MaPOTrainer(DiffusionTrainer):
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         noisy = corrupt(batch, mode, self.noise_process)
         prediction = self.denoise(model, noisy)
-        chosen_error, rejected_error = denoising_error(prediction, noisy.target).chunk(2)
+        chosen_error, rejected_error = self.denoise.error(prediction, noisy).chunk(2)
         loss, rewards = mapo_loss(chosen_error, rejected_error, self.options)
         return pair_metrics(loss, rewards, (chosen_error, rejected_error), noisy.model_time)

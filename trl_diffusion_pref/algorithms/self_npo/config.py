@@ -108,3 +108,8 @@ class SelfNPOConfig(DiffusionPreferenceConfig):
                 f"solver_steps={self.solver_steps} is less than truncated_steps={self.truncated_steps}: a trajectory "
                 "cannot advance by more steps than the solver has. Raise the one or lower the other."
             )
+
+    @property
+    def reads_empty_prompt(self) -> bool:
+        # The teacher generates with guidance.
+        return True

@@ -32,11 +32,14 @@ class SelfNPOOptions:
             raise ValueError(f"huber_c={self.huber_c} must be positive.")
 
 
-def self_npo_loss(predicted_x0: Tensor, target_x0: Tensor, options: SelfNPOOptions) -> Tensor:
+def self_npo_loss(
+    predicted_x0: Tensor, target_x0: Tensor, options: SelfNPOOptions, region: Tensor | None = None
+) -> Tensor:
     """Distance of the student's clean latents from the teacher's, the mean over a sample's elements.
 
     Args:
         predicted_x0, target_x0: `(B, ...)`, any floating dtype; the target carries no gradient.
+        region: Broadcasts to them; 1 where elements count, 0 elsewhere. Default: all count.
 
     Returns:
         `(B,)` float32.
@@ -49,4 +52,7 @@ def self_npo_loss(predicted_x0: Tensor, target_x0: Tensor, options: SelfNPOOptio
     distance = (predicted_x0.float() - target_x0.detach().float()).square()
     if options.loss_type == "huber":
         distance = (distance + options.huber_c**2).sqrt() - options.huber_c
-    return distance.flatten(1).mean(dim=1)
+    if region is None:
+        return distance.flatten(1).mean(dim=1)
+    counted = region.float().expand_as(distance).flatten(1)
+    return (distance.flatten(1) * counted).sum(dim=1) / counted.sum(dim=1)

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ...data import Batch, Layout, Mode, NoisyBatch, with_dropout
+from ...diffusion.elbo import denoising_error
 from ...diffusion.randomness import SampleKey, generator_for
 from ...diffusion.trajectories import Predict, advance, clean_estimate, combine_guidance
 from ...training.callbacks import MoveReference
@@ -107,6 +108,16 @@ class SelfNPOTrainer(DiffusionTrainer):
         return Layout(samples=(f"edited_{self.family.modality}" if edits else self.family.modality,))
 
     def check_step(self, peft_config: LoraConfig | None) -> None:
+        if self.args.denoiser is not None and self.family.trained_times(self.encoders.pipeline) != (0.0, 1.0):
+            raise ValueError(
+                f"denoiser={self.args.denoiser!r}: Self-NPO's trajectories go through all times, and this denoiser is "
+                "for some of them. Leave it out, which trains all denoisers."
+            )
+        if self.args.start == "noise" and self.family.prompts_see_images and self.layout.conditions:
+            raise ValueError(
+                "start='noise' keeps the conditioning of trajectories from one step to the next, which for "
+                f"{self.family.pipeline_class} is as long as each row's prompt and condition images. Use start='data'."
+            )
         if self.args.teacher == "ema" and self.args.shards_weights:
             raise ValueError(
                 "teacher='ema' is not supported with FSDP and DeepSpeed, whose checkpoints leave it out. Use "
@@ -148,7 +159,7 @@ class SelfNPOTrainer(DiffusionTrainer):
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         process, device = self.noise_process, batch.rows.device
         draws, times, slots = self._draw(mode.keys, device), self.times.to(device), [key[-1] for key in mode.keys]
-        conditioning = with_dropout(self._conditioning(batch), draws.dropout, mode, batch.conditions)
+        conditioning = with_dropout(self._conditioning(batch), draws.dropout, mode, batch)
 
         # 1. Where each trajectory is, and how far it advances.
         begun = torch.ones(len(slots), device=device)
@@ -163,7 +174,7 @@ class SelfNPOTrainer(DiffusionTrainer):
 
         # 2. The teacher advances it and estimates its end.
         with self.teacher.applied() as teacher:
-            predict = self._guided(teacher, conditioning)
+            predict = self._guided(teacher, conditioning, batch.empty_prompts)
             rounds = None
             if self.shards_weights:
                 # Slots are new in all processes alike, so that all evaluate equally often.
@@ -180,10 +191,11 @@ class SelfNPOTrainer(DiffusionTrainer):
         x_s = process.renoise(x_t, draws.forward_noise, times[position], later)
         prediction = self.denoise(model, NoisyBatch(x_s, process.model_time(later), target, conditioning))
         predicted = process.predict_x0(prediction, x_s, later)
-        loss = self_npo_loss(predicted, target, self.options)
+        region = self.denoise.region(conditioning)
+        loss = self_npo_loss(predicted, target, self.options, region)
         return {
             "loss": loss,
-            "x0_error": (predicted.detach() - target).square().flatten(1).mean(dim=1),
+            "x0_error": denoising_error(predicted.detach(), target, region),
             "trajectories/begun": begun,
         }
 
@@ -237,18 +249,27 @@ class SelfNPOTrainer(DiffusionTrainer):
             name: tensor.to(batch.rows.device).expand(count, *tensor.shape) for name, tensor in self.uncropped.items()
         }
 
-    def _guided(self, teacher: nn.Module, conditioning: dict[str, Tensor]) -> Predict:
-        """The teacher's prediction with the generation's guidance, as `trajectories` calls it."""
+    def _guided(
+        self, teacher: nn.Module, conditioning: dict[str, Tensor], empty_prompts: dict[str, Tensor]
+    ) -> Predict:
+        """The teacher's prediction with the generation's guidance, as `trajectories` calls it.
+
+        Args:
+            empty_prompts: Of each row, where rows have one each, see `Batch`.
+        """
         scale, model_time = cast(float, self.args.guidance_scale), self.noise_process.model_time
         # Once for all evaluations of a step: a long text encoder's output takes a while to the device.
         device = next(iter(conditioning.values())).device
-        empty_prompt = {name: tensor.to(device) for name, tensor in self.encoder.empty_prompt.items()}
+        empty_prompt = {
+            name: tensor.to(device) for name, tensor in (empty_prompts or self.encoder.empty_prompt).items()
+        }
 
         def predict(x_t: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             given = {name: tensor[rows] for name, tensor in conditioning.items()}
             # Conditioning on a sample's preparation is the same on both sides.
             empty = given | {
-                name: tensor.expand(len(rows), *tensor.shape[1:]) for name, tensor in empty_prompt.items()
+                name: tensor[rows] if empty_prompts else tensor.expand(len(rows), *tensor.shape[1:])
+                for name, tensor in empty_prompt.items()
             }
             if scale in (0.0, 1.0):
                 return self.denoise(teacher, NoisyBatch(x_t, model_time(t), x_t, given if scale else empty))

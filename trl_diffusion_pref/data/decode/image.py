@@ -175,6 +175,18 @@ def prepare_image(image: Image.Image, shape: tuple[int, int], crop_at: tuple[flo
         x0, x1 = (edge * image.width / scaled[0] for edge in (box[0], box[2]))
         y0, y1 = (edge * image.height / scaled[1] for edge in (box[1], box[3]))
         image = image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS, box=(x0, y0, x1, y1))
+    return _to_tensor(image, flip)
+
+
+def stretch_image(image: Image.Image, shape: tuple[int, int], flip: bool) -> Tensor:
+    """Scales an image to a shape without cropping, as pipelines prepare condition images, and mirrors it if asked to.
+
+    Arguments and result are those of `prepare_image`.
+    """
+    return _to_tensor(image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS), flip)
+
+
+def _to_tensor(image: Image.Image, flip: bool) -> Tensor:
     if flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0

@@ -28,7 +28,7 @@ __all__ = [
 
 def noise_process(
     scheduler,
-    image_tokens: int | None = None,
+    image_tokens: float | None = None,
     *,
     timestep_sampling: str | None = None,
     timestep_shift: float | None = None,
@@ -88,7 +88,7 @@ def _is_flow(scheduler) -> bool:
     return hasattr(scheduler, "alphas_cumprod") and scheduler.config.get("prediction_type") == "flow_prediction"
 
 
-def _shift(scheduler: Any, image_tokens: int | None) -> float | None:
+def _shift(scheduler: Any, image_tokens: float | None) -> float | None:
     """The factor by which a flow's sampler shifts times; None where it depends on tokens and they are not known.
 
     With `use_dynamic_shifting` diffusers' pipelines hand their scheduler mu, a straight line through `base_shift` at

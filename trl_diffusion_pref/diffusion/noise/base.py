@@ -34,6 +34,20 @@ class NoiseProcess(ABC):
     """
 
     num_train_timesteps: int
+    bounds: tuple[float, float] = (0.0, 1.0)  # of the times in training and evaluation, as shares of the noisiest
+
+    def within(self, first: float, last: float) -> "NoiseProcess":
+        """The process with times from `first` up to `last` alone, for a denoiser that is called at no others.
+
+        Raises:
+            ValueError: A process of this kind cannot be bounded.
+        """
+        if (first, last) == (0.0, 1.0):
+            return self
+        raise ValueError(
+            f"Denoisers that share the times of a {type(self).__name__} are not supported, only those of flows. Set "
+            "pipeline.scheduler to the one that the pipeline was published with."
+        )
 
     def sized(self, latent_shape: tuple[int, ...]) -> "NoiseProcess":
         """The process for samples whose latents have this shape; another one where times depend on the size."""

@@ -1,5 +1,6 @@
 """Processes with continuous times in [0, 1]."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,8 @@ TIMESTEP_SAMPLINGS = ("logit_normal", "uniform", "mode")
 _MODE_SCALE = 1.29
 # At t = 0 there is no noise to predict, and the ELBO's weight is infinite.
 _FIRST_TIME = 1e-3
+# How many times are drawn at once, and how often, until enough lie within the bounds.
+_TRIES = 256
 
 
 class ContinuousTimes(NoiseProcess):
@@ -22,7 +25,8 @@ class ContinuousTimes(NoiseProcess):
         self.num_train_timesteps = num_train_timesteps
 
     def times_at(self, quantiles: Tensor) -> Tensor:
-        return quantiles.float().clamp(min=_FIRST_TIME)
+        first, last = self.bounds
+        return (first + quantiles.float() * (last - first)).clamp(min=_FIRST_TIME)
 
     def solver_times(self, steps: int) -> Tensor:
         if steps < 1:
@@ -85,11 +89,19 @@ class RectifiedFlow(ContinuousTimes):
 
     def describe(self, *, training_times: bool = False) -> str:
         described = super().describe()
+        if self.bounds != (0.0, 1.0):
+            described += " from {:g} to {:g}".format(*self.bounds)
         if not training_times:
             return described
         shift = "unknown" if self.shift is None else f"{self.shift:.6g}"
         described = f"{described} {self.timestep_sampling} shift {shift} terminal {self.shift_terminal:g}"
         return described + "".join(f", {shape} {process.shift:.6g}" for shape, process in sorted(self.by_size.items()))
+
+    def within(self, first: float, last: float) -> "RectifiedFlow":
+        bounded = copy.copy(self)
+        bounded.bounds = (first, last)
+        bounded.by_size = {shape: process.within(first, last) for shape, process in self.by_size.items()}
+        return bounded
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1.0 - t.float(), t.float()
@@ -111,6 +123,24 @@ class RectifiedFlow(ContinuousTimes):
         return (1 - t.float()) / t.float() ** 3
 
     def sample_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """Raises a ValueError where hardly any time lies within the bounds."""
+        first, last = self.bounds
+        if self.bounds == (0.0, 1.0):
+            return self._any_timesteps(n, generator)
+        found = torch.empty(0, device=generator.device)
+        for _ in range(_TRIES):
+            t = self._any_timesteps(max(n, _TRIES), generator)
+            # The noisiest time is in the last range, and a time between two ranges in the later one.
+            found = torch.cat([found, t[(t >= first) & ((t < last) | (last == 1.0))]])
+            if len(found) >= n:
+                return found[:n]
+        raise ValueError(
+            f"Of {_TRIES * max(n, _TRIES)} training times, fewer than {n} lie in the trained denoiser's range, "
+            f"{first:g} to {last:g}. Choose another timestep_shift ({self.shift}) or timestep_sampling "
+            f"({self.timestep_sampling!r})."
+        )
+
+    def _any_timesteps(self, n: int, generator: torch.Generator) -> Tensor:
         if self.timestep_sampling == "logit_normal":
             t = torch.sigmoid(torch.randn(n, generator=generator, device=generator.device))
         else:
