@@ -147,7 +147,32 @@ def test_audio_has_players(tmp_path):
         assert driver.get_log("browser") == []
 
 
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_images_that_were_edited_stand_left_of_both_samples(tmp_path, width):
+    media = {"base": [[png((200, 0, 0))]] * len(PROMPTS), "tuned": [[png((0, 0, 200))]] * len(PROMPTS)}
+    sources = [[png((0, 200, 0))]] * (len(PROMPTS) - 1) + [[png((0, 200, 0)), png((0, 90, 0))]]
+    path = tmp_path / "edits.html"
+    path.write_text(comparison_page(compared(), media, "Edits", sources), encoding="utf-8")
+    with opened(path, width=width) as driver:
+        # The last prompt gains most.
+        choose(driver, "order", "gain")
+        names = [text.partition(":")[0] for text in texts(driver, ".card:first-child figcaption")]
+        assert names == ["source 1", "source 2", "base", "tuned"]
+        assert texts(driver, ".card:nth-child(2) figcaption")[0] == "source"
+        for view, count in (("pair", 4), ("flip", 3), ("slider", 4)):
+            choose(driver, "view", view)
+            card = driver.find_element("css selector", ".card")
+            edges = [image.rect["x"] for image in card.find_elements("css selector", "img")]
+            assert len(edges) == count and edges[0] == edges[1] < min(edges[2:])
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert driver.get_log("browser") == []
+
+
 def test_a_page_takes_no_sample_from_elsewhere():
     media = {name: [["https://example.org/x.png"]] * len(PROMPTS) for name in ("base", "tuned")}
     with pytest.raises(ValueError, match="is no data: URL"):
         comparison_page(compared(), media, "A title")
+    own = {name: [[png((1, 2, 3))]] * len(PROMPTS) for name in ("base", "tuned")}
+    with pytest.raises(ValueError, match="is no data: URL"):
+        comparison_page(compared(), own, "A title", [["sources/1.png"]] * len(PROMPTS))

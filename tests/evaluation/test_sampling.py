@@ -23,13 +23,16 @@ from trl_diffusion_pref.data.decode.audio import Waveform
 from trl_diffusion_pref.evaluation.batch_invariance import RowByRow
 from trl_diffusion_pref.evaluation.sample_files import png_bytes, read_sample, wav_bytes, write_sample
 from trl_diffusion_pref.evaluation.sampling import is_blank, sample, seeds_for
+from trl_diffusion_pref.families import family_for
 from trl_diffusion_pref.guidance import negative_guidance
 from trl_diffusion_pref.shapes import load_pipeline, prompts
 
 
 TEXTS = ["a red circle", "x", "a big blue square on the left", "x"]
 # By case, what switches guidance on.
-GUIDED = {"flux_dev": {}, "flux_schnell": {}, "qwen_image": {"true_cfg_scale": 4.0, "negative_prompt": "a"}}
+TRUE_GUIDED = ("flux_kontext", "qwen_image", "qwen_image_edit", "qwen_image_edit_plus")
+GUIDED = dict.fromkeys(["flux_dev", "flux_schnell", "hunyuan_video15"], {})
+GUIDED |= dict.fromkeys(TRUE_GUIDED, {"true_cfg_scale": 4.0, "negative_prompt": "a"})
 
 
 def bytes_of(item) -> list[bytes]:
@@ -45,12 +48,14 @@ def tiny_samples(pipeline, **options):
 # ---- The same bytes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.CASES)
+@pytest.mark.parametrize("name", tiny.marked(tiny.CASES))
 def test_a_sample_does_not_depend_on_its_batch(name):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     options = case.arguments(len(TEXTS))
-    if case.edits:
-        options["images"] = options.pop("image")
+    taken = family_for(pipeline).condition_images if case.edits else ()
+    if taken:
+        options["images"] = {column: case.images(len(TEXTS), column) for column in taken}
+        options = {name: value for name, value in options.items() if name not in taken}
     options |= GUIDED.get(name, {"guidance_scale": 4.0})
     decoded: list[torch.Tensor] = []
     pipeline.vae.decoder.register_forward_hook(

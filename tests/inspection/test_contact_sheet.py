@@ -94,6 +94,33 @@ def test_only_the_cells_that_are_shown_are_kept():
     assert sorted(choice.cells) == sorted(row for row, _ in choice.numbers)
 
 
+def edits(*sources: list[bytes]) -> Dataset:
+    return Dataset.from_list([{**dataset(1)[0], "image": several} for several in sources])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_condition_images_are_left_of_the_samples(streaming, tmp_path):
+    green, yellow = (20, 200, 20), (220, 220, 30)
+    rows = edits([one_colour(green)], [one_colour(green), one_colour(yellow)])
+    path = tmp_path / "sheet.png"
+    inspect_dataset(rows.to_iterable_dataset() if streaming else rows, contact_sheet=path)
+    sheet = pixels(path)
+    # Both cards are as wide as that with most images.
+    card = 4 * 256 + 3 * 6 + 2 * 12
+    assert sheet.shape[1] == 2 * (card + 24) + 24
+    line = sheet[24 + 12 + 19 + 4 + 19 + 2 + 128]
+    first, second = 24 + 12 + 128, 24 + card + 24 + 12 + 128
+    found = [tuple(line[start + place * 262].tolist()) for start in (first, second) for place in range(4)]
+    assert found == [green, RED, BLUE, (255, 255, 255), green, yellow, RED, BLUE]
+
+
+def test_an_edit_that_was_not_made_is_remarked(tmp_path):
+    inspect_dataset(edits([one_colour(RED)]), contact_sheet=tmp_path / "a.png")
+    assert (pixels(tmp_path / "a.png")[24 + 12 : 24 + 12 + 19] == (190, 48, 48)).all(axis=2).any()
+    inspect_dataset(edits([one_colour(BLUE)]), contact_sheet=tmp_path / "b.png")
+    assert not (pixels(tmp_path / "b.png")[24 + 12 : 24 + 12 + 19] == (190, 48, 48)).all(axis=2).any()
+
+
 def test_a_bad_sample_is_shown_as_its_reason_and_remarks_are_red(tmp_path):
     rows = [{"prompt": "p", "chosen": one_colour(BLUE), "rejected": data} for data in (b"damaged", one_colour(BLUE))]
     sheets = []

@@ -152,6 +152,17 @@ def test_servers_that_are_slow_or_gone_are_named():
         HTTPReward("localhost:8000")
 
 
+def test_images_in_columns_are_sent_like_samples():
+    with serving(mean_colour) as server:
+        edited = [SAMPLES[2], [SAMPLES[3], SAMPLES[4]]]
+        HTTPReward(server.url, columns=("image", "fps"))(PROMPTS[:2], SAMPLES[:2], image=edited, fps=[8, 9])
+    columns = server.requests[0][1]["columns"]
+    first, (second, third) = columns["image"]
+    for sent, sample in zip((first, second, third), SAMPLES[2:], strict=True):
+        np.testing.assert_array_equal(picture(sent["data"]), np.asarray(sample))
+    assert (first["type"], columns["fps"]) == ("image", [8, 9])
+
+
 def chat(text=None, logprobs=None):
     return {"choices": [{"message": {"role": "assistant", "content": text}, "logprobs": logprobs}]}
 
@@ -175,6 +186,19 @@ def test_grades_are_read_from_the_answers_in_order():
     image, _ = body["messages"][0]["content"]
     sent = picture(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
     assert any(np.array_equal(sent, np.asarray(sample)) for sample in SAMPLES)
+
+
+def test_a_judge_sees_what_was_edited_before_the_sample():
+    with serving(lambda body, number: chat("4")) as server:
+        reward = OpenAIServerReward(server.url, "judge")
+        assert reward(["make it red"], SAMPLES[:1], image=[[SAMPLES[1], SAMPLES[2]]]) == [4.0]
+        assert reward(["make it red"], SAMPLES[:1], image=[SAMPLES[1]]) == [4.0]
+    for (_, body, _), order in zip(server.requests, ((1, 2, 0), (1, 0)), strict=True):
+        *pictures, question = body["messages"][0]["content"]
+        for sent, number in zip(pictures, order, strict=True):
+            shown = picture(sent["image_url"]["url"].removeprefix("data:image/png;base64,"))
+            np.testing.assert_array_equal(shown, np.asarray(SAMPLES[number]))
+        assert 'by the instruction "make it red". Grade how well' in question["text"]
 
 
 def test_the_probability_of_yes_sums_its_spellings():

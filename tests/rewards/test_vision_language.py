@@ -85,12 +85,20 @@ def qwen(tmp_path_factory) -> str:
     return str(folder)
 
 
-def qwen_probability(folder: str, prompt: str, image) -> float:
+QUESTION = 'Does this image show "{}"? Answer Yes or No.'
+EDIT_QUESTION = (
+    'The last image was made from what is before it by the instruction "{}". Does it follow the instruction and keep '
+    "everything else? Answer Yes or No."
+)
+
+
+def qwen_probability(folder: str, question: str, *seen) -> float:
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    pixels = load_image_processor(folder)([image], return_tensors="pt")
-    text = f"<|im_start|><|vision_start|>{'<|image_pad|>' * (len(pixels['pixel_values']) // 4)}<|vision_end|>"
-    text += f'Does this image show "{prompt}"? Answer Yes or No.<|im_end|>'
+    pixels = load_image_processor(folder)(list(seen), return_tensors="pt")
+    counts = [int(grid.prod()) // 4 for grid in pixels["image_grid_thw"]]
+    text = "".join(f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in counts)
+    text = f"<|im_start|>{text}{question}<|im_end|>"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     kinds = (ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
     with torch.no_grad():
@@ -104,11 +112,22 @@ def qwen_probability(folder: str, prompt: str, image) -> float:
 
 
 def test_yes_probability_of_qwen_without_torchvision(qwen):
-    expected = [qwen_probability(qwen, prompt, image) for prompt, image in zip(PROMPTS, SAMPLES, strict=True)]
+    pairs = zip(PROMPTS, SAMPLES, strict=True)
+    expected = [qwen_probability(qwen, QUESTION.format(prompt), image) for prompt, image in pairs]
     assert max(expected) > 1.1 * min(expected)
     for batch_size in (1, 3):
         reward = VisionLanguageReward(qwen, batch_size=batch_size, dtype=torch.float32)
         assert reward(PROMPTS, SAMPLES) == pytest.approx(expected, rel=1e-4)
+
+
+def test_yes_probability_of_edits_sees_their_sources_first(qwen):
+    sources = [[SAMPLES[1], SAMPLES[2]], [SAMPLES[0]], [SAMPLES[0]]]
+    rows = zip(PROMPTS, sources, SAMPLES, strict=True)
+    expected = [qwen_probability(qwen, EDIT_QUESTION.format(text), *given, image) for text, given, image in rows]
+    for batch_size in (1, 3):
+        reward = VisionLanguageReward(qwen, batch_size=batch_size, dtype=torch.float32)
+        assert reward(PROMPTS, SAMPLES, image=sources) == pytest.approx(expected, rel=1e-4)
+    assert reward(PROMPTS, SAMPLES) != pytest.approx(expected, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

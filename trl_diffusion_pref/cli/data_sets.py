@@ -19,6 +19,9 @@ from .parser import UsageError
 from .run_options import DataOptions
 
 
+# Columns of condition images.
+_CONDITIONS = ("image", "images")
+
 AnyRows: TypeAlias = Dataset | IterableDataset | EncodedDataset
 
 
@@ -99,9 +102,7 @@ class _Mixture:
             return parts[0]
         if any(isinstance(part, IterableDataset) for part in parts):
             parts = [part.to_iterable_dataset() if isinstance(part, Dataset) else part for part in parts]
-        parts = (
-            self._with_equal_columns(names, parts) if self.pairs else [part.select_columns("prompt") for part in parts]
-        )
+        parts = self._with_equal_columns(names, parts)
         if weights is None:
             return concatenate_datasets(parts)
         shares = [weight / sum(weights) for weight in weights]
@@ -109,18 +110,20 @@ class _Mixture:
         return interleave_datasets(parts, probabilities=shares, seed=self.config.seed, stopping_strategy=how)
 
     def _with_equal_columns(self, names: Sequence[str], parts: list[Any]) -> list[Any]:
-        """The columns that all have. Where some have soft labels, the others' are certain."""
-        for wanted in ("image", getattr(self.config, "soft_label_column", "soft_label")):
+        """The columns that all have, of prompts without samples. Where some have soft labels, others' are certain."""
+        labels = (*_CONDITIONS, getattr(self.config, "soft_label_column", "soft_label"))
+        for wanted in labels if self.pairs else ():
             lacking = [name for name, part in zip(names, parts, strict=True) if wanted not in part.column_names]
             # What `as_pairs` makes of votes may be missing where there are none.
             if lacking and len(lacking) < len(parts) and wanted != "soft_label":
                 raise UsageError(f"{lacking[0]} has no column {wanted!r}, which other data sets of the mixture have.")
-        soft = [part for part in parts if "soft_label" in part.column_names]
+        soft = [part for part in parts if self.pairs and "soft_label" in part.column_names]
         for number, part in enumerate(parts):
             if soft and "soft_label" not in part.column_names:
                 feature = soft[0].features["soft_label"] if soft[0].features else Value("float32")
                 parts[number] = part.map(lambda _: {"soft_label": 1.0}).cast_column("soft_label", feature)
         common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        common = [name for name in common if self.pairs or name in ("prompt", *_CONDITIONS)]
         parts = [part.select_columns(common) for part in parts]
         for column in common:
             # Some have images, others paths.

@@ -14,7 +14,8 @@ from ..evaluation import HeldOutPairs, compare, preference_accuracy
 from ..evaluation.loading import loaded_pipeline
 from ..export.files import write_whole
 from ..guidance.tuned import with_tuned_weights
-from ..preference_data import make_pairs, make_rankings, push_dataset, read_prompts, relabel
+from ..preference_data import make_pairs, make_rankings, push_dataset, relabel
+from ..preference_data.prompts import read_edits
 from ..training.documented import documented
 from .command import Command
 from .data_sets import one_data_set
@@ -85,7 +86,8 @@ class RewardOptions:
 
 # Where the functions take more than a flag can have.
 _PLAIN_HELPS = {
-    "prompts": "A file of prompts: .txt with one on each line, .csv, .json or .jsonl with a column `prompt`.",
+    "prompts": "A file of prompts: .txt with one on each line; .csv, .json, .jsonl or .parquet with a column "
+    "`prompt`, or the folder of a stored data set. For pipelines that edit images also with a column `image`.",
     "temperature": "Divides differences of scores before the sigmoid. Default: each reward's standard deviation "
     "within prompts, so that all rewards count alike.",
     "model_init_kwargs": 'Arguments of `from_pretrained` as JSON: {"dtype": "bfloat16"}; float32 is the default.',
@@ -260,11 +262,13 @@ def _run_compare(parsed: Parsed, words: Sequence[str]) -> int:
     options, rewards, pipeline, held_out = parsed.options
     arguments = _arguments(options, _BASE)
     tuned = _named_models(arguments.pop("tuned"))
+    edits = read_edits(arguments.pop("prompts"))
     found = compare(
         model_named(arguments.pop("base")),
         tuned,
-        read_prompts(arguments.pop("prompts")),
+        edits.prompts,
         rewards.required(),
+        images=edits.images,
         pairs=held_out.read(),
         **arguments,
         **as_mapping("pipeline_kwargs", pipeline.pipeline_kwargs),

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,10 +16,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from PIL.Image import Image
 from torch import Tensor
 
-from ..data.content import cell_key
 from ..data.shards import key_of
 from ..export.files import write_whole
 from ..families import family_for
@@ -26,11 +25,12 @@ from ..guidance.tuned import with_tuned_weights
 from ..rewards.scoring import Rewards, score
 from .comparison import Comparison, distances_within
 from .comparison_page import comparison_page
+from .condition_images import Conditions, GivenImages, condition_images, images_of, keys, select
 from .loading import loaded_pipeline
 from .page_media import data_url, features
 from .preference import HeldOutPairs
 from .sample_files import Samples, is_blank
-from .sampling import decoded_images, sample, seeds_for
+from .sampling import images_to_edit, sample, seeds_for
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def compare(
     rewards: Rewards,
     output: str | os.PathLike[str],
     *,
-    images: Sequence[Any] | None = None,
+    images: GivenImages = None,
     samples_per_prompt: int = 4,
     seed: int = 0,
     batch_size: int = 4,
@@ -75,7 +75,8 @@ def compare(
         rewards: One, several, or several by name, see `rewards.score`.
         output: Folder for `comparison.json`, `comparison.md` (a section for a model card), `index.html` (a page
             without any other file), and `samples/`.
-        images: For pipelines that edit images: P images, see `sample`. Rewards get them as the column `image`.
+        images: For pipelines that edit images: for each prompt an image, or a list of them, see `sample`. Rewards get
+            them as they are given here, as the column `image` (and `mask_image`), and the page shows them.
         samples_per_prompt: S. With 1, diversity is not measured.
         seed: Of the samples' seeds, which differ between prompts.
         batch_size: Samples in one call of the pipeline.
@@ -117,18 +118,19 @@ def compare(
         )
     pipeline = loaded_pipeline(base, model_init_kwargs, device)
     family, folder, main = family_for(pipeline), Path(output), PartialState().is_main_process
+    sources = images_to_edit(pipeline, sources, prompts)
     options = {
         "samples per prompt": samples_per_prompt,
         "seed": seed,
         **{k: repr(v) for k, v in pipeline_kwargs.items()},
-        **({"images": key_of(*map(cell_key, sources)).hex()} if sources else {}),
+        **({"images": key_of(*(key_of(*own) for own in keys(sources, len(prompts)))).hex()} if sources else {}),
     }
     _check_report(folder / REPORT, {"prompts": prompts, "models": names, "options": options})
 
     seeds = [seeds_for(prompts, seed=seed, number=number) for number in range(samples_per_prompt)]
     asked = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
     own_seeds = [seeds[number][index] for index in range(len(prompts)) for number in range(samples_per_prompt)]
-    asked_images = [image for image in sources or () for _ in range(samples_per_prompt)] or None
+    asked_images = select(sources, [index for index in range(len(prompts)) for _ in range(samples_per_prompt)])
     shape = (len(prompts), samples_per_prompt)
     scores: dict[str, dict[str, np.ndarray]] = {}
     diversity, blank, seconds, elbos = {}, {}, {}, {}
@@ -151,7 +153,7 @@ def compare(
                     seconds[name] = (time.perf_counter() - began) / samples.made
                 if held_out is not None:
                     elbos[name] = held_out.elbos(pipeline)
-            found, left_out = _scored(samples, asked, rewards, {"image": asked_images} if asked_images else {})
+            found, left_out = _scored(samples, asked, rewards, asked_images)
             scores[name] = {reward: values.reshape(shape) for reward, values in found.items()}
             blank[name] = len(left_out)
             if samples_per_prompt > 1:
@@ -176,7 +178,8 @@ def compare(
         logger.warning("Samples that are blank, as a safety checker makes them, are left out: %s.", counts)
     if main:
         write_whole(folder / SECTION, comparison.to_markdown().encode())
-        page = comparison_page(comparison, media, title or f"{', '.join(names[1:])} against the base")
+        shown = [[data_url(one) for one in images_of(sources, n)] for n in range(len(prompts))] if sources else None
+        page = comparison_page(comparison, media, title or f"{', '.join(names[1:])} against the base", shown)
         write_whole(folder / PAGE, page.encode())
         # Last: a report without it is not finished.
         text = json.dumps(comparison.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
@@ -185,17 +188,18 @@ def compare(
     return comparison
 
 
-def _checked_prompts(prompts: Sequence[str], images: Sequence[Any] | None) -> tuple[list[str], list[Image] | None]:
+def _checked_prompts(prompts: Sequence[str], images: GivenImages) -> tuple[list[str], Conditions]:
     """Prompts, and the images to edit."""
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts is empty; pass the prompts to compare the models on.")
-    sources = None if images is None else decoded_images(images, len(prompts))
-    asked = [(prompt, cell_key(sources[number]) if sources else b"") for number, prompt in enumerate(prompts)]
-    twice = next((one for number, one in enumerate(asked) if one in asked[:number]), None)
+    sources = condition_images(images, len(prompts))
+    counts = Counter(zip(prompts, keys(sources, len(prompts)), strict=True))
+    twice = next((prompt for (prompt, _), count in counts.items() if count > 1), None)
     if twice is not None:
+        same = " with the same image" if sources else ""
         raise ValueError(
-            f"The prompt {twice[0]!r} comes twice; pass each once, and raise samples_per_prompt for more samples."
+            f"The prompt {twice!r} comes twice{same}; pass each once, and raise samples_per_prompt for more samples."
         )
     return prompts, sources
 

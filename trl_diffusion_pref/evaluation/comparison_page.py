@@ -13,20 +13,26 @@ _TEMPLATE = Path(__file__).parent / "comparison.html"
 _PLACE = "/*DATA*/"
 
 
-def comparison_page(comparison: Comparison, media: Mapping[str, Sequence[Sequence[str]]], title: str) -> str:
+def comparison_page(
+    comparison: Comparison,
+    media: Mapping[str, Sequence[Sequence[str]]],
+    title: str,
+    sources: Sequence[Sequence[str]] | None = None,
+) -> str:
     """The page as text.
 
     Args:
         comparison: With at least two models.
         media: By model: a `data:` URL for each prompt and seed; empty for samples that are left out.
         title: Its heading.
+        sources: For each prompt, `data:` URLs of the images that were edited; None where there are none.
 
     Raises:
         ValueError: There is no model to compare with the base, or a URL leads elsewhere.
     """
     if len(comparison.models) < 2:
         raise ValueError(f"A page compares models with {comparison.base!r}, and no other model was given.")
-    urls = [url for rows in media.values() for row in rows for url in row if url]
+    urls = [url for rows in (*media.values(), sources or ()) for row in rows for url in row if url]
     foreign = next((url for url in urls if not url.startswith("data:")), None)
     if foreign is not None:
         raise ValueError(
@@ -48,6 +54,7 @@ def comparison_page(comparison: Comparison, media: Mapping[str, Sequence[Sequenc
         },
         "summary": comparison.rows(),
         "media": media,
+        "sources": sources,
         # Two players would not stay together below one slider.
         "slider": comparison.modality == "image",
     }

@@ -18,6 +18,7 @@ from ..diffusion.randomness import LIKELIHOOD, generator_for
 
 
 Predict = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+Region = Callable[[dict[str, Tensor]], Tensor | None]
 _BOOTSTRAP_RESAMPLES = 2000
 
 
@@ -45,6 +46,7 @@ def pair_elbos(
     sampling: str = "stratified",
     weighting: str = "simple",
     shared: bool = True,
+    region: Region | None = None,
 ) -> Tensor:
     """ELBO estimates `(B, 2)` of the chosen and rejected samples of a batch, at the posteriors' means.
 
@@ -53,6 +55,7 @@ def pair_elbos(
         seed: Noise and times depend on (seed, row).
         draws, sampling, weighting: See `elbo.estimate_elbo`.
         shared: Whether both samples of a pair get the same noise and times.
+        region: From conditioning, the part of samples whose likelihood is meant, see `elbo.denoising_error`.
     """
     rows = batch.rows.tolist()
     sides = [0] * len(rows) + ([0] if shared else [1]) * len(rows)
@@ -67,6 +70,7 @@ def pair_elbos(
             draws=draws,
             sampling=sampling,
             weighting=weighting,
+            region=region and region(conditioning),
         )
     return torch.stack(elbos.chunk(2), dim=1)
 
@@ -76,17 +80,17 @@ class HeldOutPreferences:
 
     Args:
         process: The model's noise process.
-        seed, draws: Of the estimates, see `pair_elbos`.
+        seed, draws, region: Of the estimates, see `pair_elbos`.
     """
 
-    def __init__(self, process: NoiseProcess, seed: int, draws: int) -> None:
-        self.process, self.seed, self.draws = process, seed, draws
+    def __init__(self, process: NoiseProcess, seed: int, draws: int, region: Region | None = None) -> None:
+        self.process, self.seed, self.draws, self.region = process, seed, draws, region
         # ELBOs of the starting weights `(rows, 2)`, by data set.
         self.base: dict[str, Tensor] = {}
 
     def elbos(self, predict: Predict, batch: Batch) -> Tensor:
         """`(B, 2)`, of chosen and rejected."""
-        return pair_elbos(predict, batch, self.process, seed=self.seed, draws=self.draws)
+        return pair_elbos(predict, batch, self.process, seed=self.seed, draws=self.draws, region=self.region)
 
     def values(self, predict: Predict, batch: Batch, dataset: str | None) -> dict[str, Tensor]:
         """Metrics `(B,)` of each pair by their logged names; `dataset` finds the base's values."""
@@ -124,4 +128,5 @@ class HeldOutPreferences:
             "noise process": self.process.describe(),
             "seed": self.seed,
             "draws": self.draws,
+            **({} if self.region is None else {"region": "mask"}),
         }

@@ -42,6 +42,11 @@ def model_record(pipeline: DiffusionPipeline) -> dict[str, Any]:
             "alpha": guidance.alpha,
             "beta": guidance.beta,
             "second denoiser": None if guidance.second is None else weights_fingerprint(guidance.second),
+            # Each is of another denoiser of the pipeline.
+            **{
+                f"second denoiser, {number}": other.second and weights_fingerprint(other.second)
+                for number, other in enumerate(guidance.others, 2)
+            },
         }
     # Tuples and numbers of numpy become what JSON reads back.
     return json.loads(json.dumps(record, default=str, sort_keys=True))

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..data import PAIRS, Batch, DatasetEncoder, EncodingOptions, as_resolution, check_columns, on_device
+from ..data.layouts import column_names, with_condition_column
 from ..diffusion.noise import noise_process
 from ..families import family_for
 from .held_out import bootstrap_interval, pair_elbos, wins
@@ -114,7 +115,8 @@ class HeldOutPairs:
         cache_folder: str | Path | None = None,
     ) -> None:
         self.family, self.batch_size = family_for(pipeline), batch_size
-        layout = PAIRS.conditioned_on(self.family.condition_images)
+        dataset = with_condition_column(dataset, self.family)
+        layout = PAIRS.conditioned_on(self.family, column_names(dataset))
         check_columns(dataset, "dataset", layout)
         self.family.check_complete(pipeline)
         options = EncodingOptions(resolution=as_resolution(resolution), num_frames=num_frames)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.content import cell_key
-from ..data.decode.cell import CellProblem
-from ..data.decode.image import decode_image
 from ..data.shards import key_of
-from ..families import Family, all_families, family_for
+from ..families import Family, editing_pipelines, family_for
 from ..families.modalities import AudioFamily
 from .batch_invariance import batch_invariant
+from .condition_images import Conditions, GivenImages, condition_images, keys
 from .model_record import model_record
 from .sample_files import SUFFIXES, Sample, Samples, as_waveform, is_blank, remove_unfinished, write_sample
 
@@ -63,7 +62,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    images: Sequence[Any] | None = None,
+    images: GivenImages = None,
     batch_size: int = 4,
     output: str | Path | None = None,
     exact: bool = True,
@@ -87,8 +86,10 @@ def sample(
         pipeline: Of a supported family, on the device where it should run; negative guidance and LoRAs stay active.
         prompts: N prompts.
         seeds: N integers from 0 on.
-        images: For pipelines that edit images: N images to edit, as a data set's cells have them (PIL images, paths or
-            bytes). Those of different sizes are in different calls.
+        images: For pipelines that edit images: for each prompt the image to edit, as a data set's cells have it (a PIL
+            image, a path or bytes), or a list of them where the pipeline takes several. Inpainting needs masks too:
+            `{"image": images, "mask_image": masks}`. Images of different sizes are in different calls; pipelines that
+            take several images, or whose text encoder sees them, are called for each prompt.
         batch_size: Samples in one call of the pipeline.
         output: Folder for the samples, `<key>.png`, `<key>.wav`, or for a video a folder `<key>` of PNG files. The key
             depends on the pipeline's weights, scheduler and adapters, the prompt, the seed, and the call's arguments;
@@ -111,12 +112,13 @@ def sample(
     Raises:
         TypeError: An unsupported pipeline.
         ValueError: Numbers of prompts, seeds and images differ, a prompt that is empty or no string, an image that
-            cannot be decoded, images that the pipeline does not take or lacks, an argument that the pipeline does not
-            take or that is set here, a folder that processes do not share, or weights that are not in memory.
+            cannot be decoded, images that the pipeline does not take or lacks, or more for a prompt than it takes, an
+            argument that the pipeline does not take or that is set here, a folder that processes do not share, or
+            weights that are not in memory.
     """
     family = family_for(pipeline)
     prompts, seeds = list(prompts), [int(seed) for seed in seeds]
-    sources = _sources(pipeline, family, images, len(prompts))
+    sources = images_to_edit(pipeline, images, prompts)
     _check(pipeline, prompts, seeds, batch_size, pipeline_kwargs)
     state = PartialState()
     index, count = (state.process_index, state.num_processes) if all_processes else (0, 1)
@@ -124,8 +126,8 @@ def sample(
     # Each once, also where a prompt comes twice with the same seed and image.
     first: dict[tuple[Any, ...], int] = {}
     asked = [
-        (prompt, seed, *([cell_key(sources[number])] if sources else []))
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        (prompt, seed, *own_keys)
+        for prompt, seed, own_keys in zip(prompts, seeds, keys(sources, len(prompts)), strict=True)
     ]
     places = [first.setdefault(one, number) for number, one in enumerate(asked)]
     wanted = list(first.values())
@@ -150,13 +152,20 @@ def sample(
     bar = tqdm(total=len(own), desc=description, unit=" samples", disable=not (show_progress and index == 0 and own))
     with bar, _ready(pipeline, family, exact) if own else nullcontext():
         kinds = [
-            (prompt if family.pads_to_longest and exact else "", sources[number].size if sources else None)
+            (prompt if family.pads_to_longest and exact else "", *(cells.sizes[number] for cells in sources.values()))
             for number, prompt in enumerate(prompts)
         ]
-        for batch in _batches(own, kinds, batch_size):
+        # Pipelines that take several images, or whose text encoder sees them, take one prompt in a call.
+        several = family.max_condition_images > 1
+        alone = family.one_prompt_per_call or (bool(sources) and (several or family.prompts_see_images))
+        for batch in _batches(own, kinds, 1 if alone else batch_size):
             generators = [torch.Generator().manual_seed(seeds[number]) for number in batch]
-            edited = [sources[number] for number in batch] if sources else []
-            options = {**pipeline_kwargs, **dict.fromkeys(family.condition_images, edited)}
+            options = dict(pipeline_kwargs)
+            for column, cells in sources.items():
+                given = [image for number in batch for image in cells.of(number)]
+                # A list would not be brought to the size that the text encoder sees.
+                one = alone and not several
+                options[column] = given[0] if one else given
             samples = _call(pipeline, family, [prompts[number] for number in batch], generators, options)
             for number, generated in zip(batch, samples, strict=True):
                 if files:
@@ -228,36 +237,49 @@ def described_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return described
 
 
-def _sources(
-    pipeline: DiffusionPipeline, family: Family, images: Sequence[Any] | None, count: int
-) -> list[Image.Image]:
-    """The images to edit, decoded; none for pipelines that generate from text."""
-    kind = type(pipeline).__name__
-    if not family.condition_images:
-        if images is None:
-            return []
-        editing = ", ".join(each.pipeline_class for each in all_families() if each.condition_images)
-        raise ValueError(f"images: a {kind} generates from text alone. Leave it out, or take one of {editing}.")
-    if images is None:
-        raise ValueError(f"A {kind} edits images, and got none. Pass images=, one for each prompt.")
-    return decoded_images(images, count)
-
-
-def decoded_images(images: Sequence[Any], count: int) -> list[Image.Image]:
-    """The images of as many prompts, decoded.
+def images_to_edit(pipeline: DiffusionPipeline, images: GivenImages, prompts: Sequence[str]) -> Conditions:
+    """The images to edit, as `sample` takes them, by the argument of the pipeline; none where it generates from text.
 
     Raises:
-        ValueError: Another number of them, or one that cannot be decoded.
+        ValueError: The pipeline takes none, needs some, or takes fewer for a prompt; a mask of another size than its
+            image; or see `condition_images`.
     """
-    if len(images) != count:
-        raise ValueError(f"{len(images)} images for {count} prompts; pass one image for each prompt.")
-    sources = []
-    for number, image in enumerate(images):
-        try:
-            sources.append(decode_image(image))
-        except CellProblem as problem:
-            raise ValueError(f"images, number {number}: {problem}.") from problem
-    return sources
+    family, kind = family_for(pipeline), type(pipeline).__name__
+    taken = family.condition_images
+    # Where there are none, prompts of a data set have an empty mapping.
+    images = None if isinstance(images, Mapping) and not images else images
+    if images is None and (family.condition_is_optional or not taken):
+        return {}
+    if not taken:
+        raise ValueError(
+            f"images: a {kind} generates from text alone. Leave them out, or take a pipeline that edits images: "
+            f"{editing_pipelines(family)}."
+        )
+    if images is None:
+        given = "images=" if len(taken) == 1 else f"images={{{', '.join(f'{name!r}: ...' for name in taken)}}}"
+        raise ValueError(
+            f"A {kind} edits images, and got none. Pass {given}, one for each prompt, or prompts of a data set "
+            f"that has {' and '.join(taken)} too."
+        )
+    found = condition_images(images, len(prompts))
+    if set(found) != set(taken):
+        raise ValueError(
+            f"images: a {kind} takes {' and '.join(taken)} for each prompt, and got {' and '.join(found) or 'none'}."
+        )
+    found = {column: found[column] for column in taken}
+    for number, prompt in enumerate(prompts):
+        where, sizes = f"number {number}, for the prompt {prompt!r}", [cells.sizes[number] for cells in found.values()]
+        most = [1] * (len(taken) - 1) + [family.max_condition_images]
+        for column, of_column, limit in zip(found, sizes, most, strict=True):
+            if len(of_column) > limit:
+                raise ValueError(
+                    f"images, {where}: found {len(of_column)} images, and a {kind} takes "
+                    f"{'one' if limit == 1 else f'{limit} at most'} as {column}. Leave out some."
+                )
+        if family.mask_column is not None and len(set(sizes)) > 1:
+            shown = " and ".join(f"{width}x{height}" for ((width, height),) in sizes)
+            raise ValueError(f"images, {where}: image and mask have {shown} pixels. Make them equal in size.")
+    return found
 
 
 def _batches(numbers: Sequence[int], kinds: Sequence[Any], size: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""A picture of randomly chosen rows: samples side by side, the prompt below them."""
+"""A picture of randomly chosen rows: condition images and samples side by side, the prompt below them."""
 
 import heapq
 import os
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from ..data.decode.audio import decode_audio
 from ..data.decode.cell import CellProblem, kind_of, read_cell
 from ..data.shards import key_of
+from .rows import SourceRows
 from .sample_facts import first_picture
 
 
@@ -58,7 +59,8 @@ class SheetChoice:
         seed: Of the choice.
 
     Attributes:
-        cells: The samples of those that are chosen, by their number, once they have been read.
+        cells: The samples of those that are chosen and the condition images of their rows, by their number, once they
+            have been read.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -85,8 +87,12 @@ class SheetChoice:
         """Keeps those samples that are shown, and drops those that no longer are."""
         if self.count:
             shown = {number for _, *numbers in self.numbers for number in numbers}
-            kept = {number: cell for number, cell in samples if number in shown}
-            self.cells = {number: cell for number, cell in self.cells.items() if number in shown} | kept
+            rows = {row for row, *_ in self.numbers}
+            self.cells = {
+                number: cell
+                for number, cell in (*self.cells.items(), *samples)
+                if number in shown or (SourceRows.is_condition(number) and SourceRows.row_of(number) in rows)
+            }
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def draw_sheet(path: Path, entries: Sequence[SheetEntry], font: str | os.PathLik
 
     Args:
         path: Its folder is made if it does not exist.
-        entries: At least one, all with equally many samples.
+        entries: At least one.
         font: A file for the prompts; None for a font of this machine.
 
     Returns:
@@ -134,12 +140,13 @@ def draw_sheet(path: Path, entries: Sequence[SheetEntry], font: str | os.PathLik
         ValueError: The font cannot be read.
     """
     fonts = _fonts(font)
-    columns = min(_COLUMNS if len(entries[0].samples) == 1 else _COLUMNS - 1, len(entries))
+    count = max(len(entry.samples) for entry in entries)
+    columns = min(_COLUMNS if count == 1 else _COLUMNS - 1, len(entries))
     cards, unknown = [], 0
     for entry in entries:
         prompt_font, missing = _font_for(entry.prompt, fonts)
         unknown += missing > 0
-        cards.append(_card(entry, prompt_font))
+        cards.append(_card(entry, prompt_font, count))
     rows = [cards[start : start + columns] for start in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]
     width = columns * cards[0].width + (columns + 1) * _MARGIN
@@ -167,9 +174,8 @@ def draw_sheet(path: Path, entries: Sequence[SheetEntry], font: str | os.PathLik
     ]
 
 
-def _card(entry: SheetEntry, prompt_font: Font) -> Image.Image:
-    """One row, with white around it."""
-    count = len(entry.samples)
+def _card(entry: SheetEntry, prompt_font: Font, count: int) -> Image.Image:
+    """One row, with white around it, as wide as one of so many samples."""
     width = count * _SIDE + (count - 1) * _GAP + 2 * _PADDING
     lines = _wrapped(entry.prompt, prompt_font, width - 2 * _PADDING)
     named = any(sample.name for sample in entry.samples)
@@ -184,7 +190,7 @@ def _card(entry: SheetEntry, prompt_font: Font) -> Image.Image:
     for number, sample in enumerate(entry.samples):
         left = _PADDING + number * (_SIDE + _GAP)
         if sample.name:
-            colour = _GOOD if sample.name == "chosen" else _BAD
+            colour = {"chosen": _GOOD, "rejected": _BAD}.get(sample.name, _GREY)
             draw.rectangle((left, images_top - 4, left + _SIDE - 1, images_top - 1), fill=colour)
             draw.text((left, images_top - _LINE - 4), sample.name, colour, font=ImageFont.load_default(_TEXT_SIZE))
         card.paste(_thumbnail(sample.cell), (left, images_top))

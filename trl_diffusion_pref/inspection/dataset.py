@@ -17,7 +17,7 @@ from ..data.preference_labels import Dimension
 from ..data.resolution import as_resolution
 from .contact_sheet import SheetChoice, SheetEntry, SheetSample, draw_sheet
 from .model import InspectedModel
-from .parts import Duplicates, EncodedSize
+from .parts import Duplicates, EncodedSize, Finding
 from .reading import ReadRows, read_rows
 from .result import DatasetInspection
 from .rows import SourceRows
@@ -33,6 +33,7 @@ _REMARKS = {
     "similar_pairs": "similar",
     "repeated_pairs": "repeated",
     "contradictory_pairs": "contradicted",
+    "unedited_chosen": "not edited",
 }
 
 
@@ -82,8 +83,8 @@ def inspect_dataset(
         min_image_side, max_aspect_ratio: As for the trainers.
         max_hash_distance: Two images are similar if their perceptual hashes of 64 bits differ in at most so many, at
             most 16. With 6, copies in another compression or size are found, and hardly any other images.
-        contact_sheet: A PNG file to write, with randomly chosen pairs, chosen and rejected side by side, below them
-            the prompt.
+        contact_sheet: A PNG file to write, with randomly chosen pairs, chosen and rejected side by side, condition
+            images left of them, below them the prompt.
         contact_sheet_rows: How many pairs, or single samples, it shows.
         font: A TrueType or OpenType file for the prompts on it. By default they are written in fonts of this machine
             that have their letters, if there are any; a note says where none has.
@@ -130,7 +131,7 @@ def inspect_dataset(
     else:
         size = (asked, asked) if isinstance(asked, int) else asked
     encoded = None if of_model is None else _encoded(of_model, read, latent_sampling)
-    notes, sheet = _notes(rows, read, kind), None
+    notes, sheet = _notes(rows, read, kind, of_model), None
     if of_model is not None and rows.sample_columns and encoded is None:
         kind_of_pipeline = type(of_model.pipeline).__name__
         notes.append(f"Bytes on disk are known to a loaded {kind_of_pipeline} alone; pass that as model.")
@@ -183,15 +184,23 @@ def _encoded(model: InspectedModel, read: ReadRows, latent_sampling: str) -> Enc
         return None
     layout = Layout(
         samples=PAIRS.samples if rows.content == "pairs" else rows.sample_columns,
-        conditions=() if rows.condition is None else (rows.condition,),
+        conditions=tuple(name for name in rows.conditions if name in model.family.condition_images),
     )
     return model.encoded_size(layout, read.usable, len(read.prompts.rows), keep_std=latent_sampling == "sample")
 
 
-def _notes(rows: SourceRows, read: ReadRows, kind: Kind | None) -> list[str]:
-    notes = []
-    if rows.condition is not None:
-        notes.append(f"Condition images (column '{rows.condition}') are not looked at for duplicates.")
+def _notes(rows: SourceRows, read: ReadRows, kind: Kind | None, model: InspectedModel | None) -> list[str]:
+    notes, columns = [], list(rows.conditions.values())
+    if model is not None and rows.match is not None:
+        name, family = type(model.pipeline).__name__, model.family
+        missing = [column for column in family.condition_images if column not in rows.conditions]
+        if rows.conditions and not family.condition_images:
+            notes.append(f"A {name} takes no condition images; training refuses the column '{columns[0]}'.")
+        elif missing and not family.condition_is_optional:
+            notes.append(f"A {name} edits images; training needs the column '{missing[0]}' too, which is not there.")
+    if columns:
+        noun = f"column{'s' * (len(columns) > 1)} {', '.join(map(repr, columns))}"
+        notes.append(f"Condition images ({noun}) are compared with samples of their own row alone.")
     if read.kind == "audio":
         notes.append("Audio is compared byte by byte alone; there is no perceptual hash of it.")
     if read.kind == "video":
@@ -210,10 +219,16 @@ def _entries(read: ReadRows, duplicates: Duplicates | None) -> list[SheetEntry]:
     for row, *numbers in sorted(read.chosen.numbers):
         remarks = []
         for name in _REMARKS if duplicates is not None else ():
-            if row in getattr(duplicates, name).rows:
+            found: Finding | None = getattr(duplicates, name)
+            if found is not None and row in found.rows:
                 remarks.append(_REMARKS[name])
         label = soft.get((row, *numbers))
         names = ("chosen", "rejected") if len(numbers) == 2 else ("",)
+        sources = sorted(
+            number
+            for number in read.chosen.cells
+            if read.rows.is_condition(number) and read.rows.row_of(number) == row
+        )
         entries.append(
             SheetEntry(
                 title=f"row {row}" + (f" · soft label {label:.2f}" if label is not None else ""),
@@ -221,7 +236,9 @@ def _entries(read: ReadRows, duplicates: Duplicates | None) -> list[SheetEntry]:
                 prompt=" | ".join(read.prompts.texts_of(row)),
                 samples=tuple(
                     SheetSample(name, read.chosen.cells.get(number))
-                    for name, number in zip(names, numbers, strict=True)
+                    for name, number in zip(
+                        (*map(read.rows.condition_name, sources), *names), (*sources, *numbers), strict=True
+                    )
                 ),
             )
         )

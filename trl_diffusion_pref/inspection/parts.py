@@ -193,6 +193,9 @@ class Duplicates:
         similar_pairs: Pairs whose two samples look the same.
         repeated_pairs: Groups of rows with equal prompts and equal samples, chosen and rejected alike.
         contradictory_pairs: Groups of rows with equal prompts and the same two samples in both orders.
+        unedited_chosen: Pairs whose chosen sample is one of the row's condition images, so that nothing was edited;
+            None where there are no condition images.
+        unedited_rejected: Pairs whose rejected sample is: a preference for any edit over none.
     """
 
     equal: Finding
@@ -203,6 +206,8 @@ class Duplicates:
     similar_pairs: Finding
     repeated_pairs: Finding
     contradictory_pairs: Finding
+    unedited_chosen: Finding | None = None
+    unedited_rejected: Finding | None = None
 
 
 @dataclass(frozen=True)

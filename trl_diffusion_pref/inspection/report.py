@@ -105,6 +105,9 @@ def duplicate_lines(duplicates: Duplicates, pairs: bool) -> Iterable[str]:
         yield from _finding("similar pairs", duplicates.similar_pairs, "row")
         yield from _finding("repeated pairs", duplicates.repeated_pairs, "group")
         yield from _finding("contradictory", duplicates.contradictory_pairs, "group")
+    if duplicates.unedited_chosen is not None and duplicates.unedited_rejected is not None:
+        yield from _finding("chosen = source", duplicates.unedited_chosen, "row")
+        yield from _finding("rejected = source", duplicates.unedited_rejected, "row")
 
 
 def _finding(name: str, finding: Finding, noun: str, more: str = "") -> Iterable[str]:

@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from ..data.bad_rows import RowProblem
 from ..data.decode.cell import undecoded_feature
-from ..data.known_layouts import Match, recognise_layout
+from ..data.known_layouts import PAIRS_LAYOUT, Match, condition_columns, recognise_layout
 from ..data.layouts import column_names
 from ..data.load import SINGLE_SAMPLES
 from ..data.pair_options import PairOptions, PairReport
@@ -19,9 +19,10 @@ from ..data.pairs import plan_pairs, row_pairs
 
 Item = TypeVar("Item")
 Content = Literal["pairs", "samples", "prompts", "unknown"]
-# A sample's number: its row, then its place in the row, which is the last one for a condition image.
+# A sample's number: its row, then its place in the row. The last places are those of condition images, so many for
+# each of their columns.
 _PLACES = 2**20
-_CONDITION = _PLACES - 1
+_CONDITIONS, _OF_COLUMN = _PLACES - 2**12, 2**10
 # How many rows with samples, and how many with prompts alone, are in memory at once.
 _ROWS_AT_ONCE, _PROMPTS_AT_ONCE = 16, 1000
 
@@ -46,7 +47,7 @@ class SourceRow:
     Args:
         row: Its position.
         prompt: As it is stored.
-        samples: Those of which pairs are made, then the condition image.
+        samples: Those of which pairs are made, then the condition images.
     """
 
     row: int
@@ -81,6 +82,7 @@ class SourceRows:
         max_rows: How many rows are read at most.
 
     Attributes:
+        conditions: Columns of condition images, by what families call them.
         content: What the rows are; "unknown" has nothing that could be trained on.
         layout_problem: Why the rows are no pairs, with the nearest layout; None for pairs.
         pairs: Of the rows that have been read; of a stored data set all of them.
@@ -103,10 +105,14 @@ class SourceRows:
         self.sample_columns: tuple[str, ...] = ()
         if self.prompt_column is not None:
             self.sample_columns = tuple(name for name in SINGLE_SAMPLES if name in columns)[:1]
-        self.condition: str | None = None
+        self.conditions: dict[str, str] = {}
         if self.match is not None:
             self.prompt_column, self.sample_columns = self.match.prompt, self.match.samples
-            self.condition = self.match.condition
+            if self.match.condition is not None:
+                self.conditions = {"image": self.match.condition}
+            elif self.match.layout is PAIRS_LAYOUT:
+                self.conditions = condition_columns(columns)
+        self._lists: set[str] = set()
         self.pairs: list[FoundPair] = []
         self.problems: list[RowProblem] = []
         self.rows_in_source: int | None = None
@@ -178,13 +184,20 @@ class SourceRows:
     @staticmethod
     def is_condition(number: int) -> bool:
         """Whether a sample's number is that of a condition image."""
-        return number % _PLACES == _CONDITION
+        return number % _PLACES >= _CONDITIONS
+
+    @staticmethod
+    def condition_name(number: int) -> str:
+        """What a condition image is called beside samples."""
+        return "source" if number % _PLACES < _CONDITIONS + _OF_COLUMN else "mask"
 
     def place(self, number: int) -> str:
         """Where in its row a sample is, in words."""
         index = number % _PLACES
-        if index == _CONDITION:
-            return f"column '{self.condition}'"
+        if index >= _CONDITIONS:
+            number_of_column, place = divmod(index - _CONDITIONS, _OF_COLUMN)
+            column = list(self.conditions.values())[number_of_column]
+            return f"column '{column}'" + f", number {place}" * (column in self._lists)
         if self.match is not None and self.match.layout.shape == "list":
             return f"column '{self.sample_columns[0]}', number {index}"
         return f"column '{self.sample_columns[index]}'"
@@ -208,7 +221,7 @@ class SourceRows:
         for pair in self.pairs:
             for number in _numbers(pair):
                 numbers.setdefault(self.row_of(number), set()).add(number % _PLACES)
-        columns = [*dict.fromkeys(filter(None, (self.prompt_column, *self.sample_columns, self.condition)))]
+        columns = [*dict.fromkeys(filter(None, (self.prompt_column, *self.sample_columns, *self.conditions.values())))]
         # As Arrow, whose cells are undecoded: to cast columns would copy lists of images.
         stored = self._dataset.with_format("arrow").select_columns(columns)
         for rows in _in_parts(self._wanted_rows(), _ROWS_AT_ONCE if self.sample_columns else _PROMPTS_AT_ONCE):
@@ -218,7 +231,7 @@ class SourceRows:
             ]
 
     def _streamed(self, dataset: IterableDataset) -> Iterator[list[SourceRow]]:
-        media = filter(None, (*self.sample_columns, self.condition))
+        media = (*self.sample_columns, *self.conditions.values())
         for column in media if dataset.features is not None else ():
             wanted = undecoded_feature(dataset.features[column])
             if wanted != dataset.features[column]:
@@ -255,8 +268,13 @@ class SourceRows:
         if self.match is not None and self.match.layout.shape == "list":
             cells = cells[0]
         samples = [Sample(row * _PLACES + index, cells[index]) for index in indices if self.sample_columns]
-        if self.condition is not None:
-            samples.append(Sample(row * _PLACES + _CONDITION, values[self.condition]))
+        for number, column in enumerate(self.conditions.values()):
+            cell, first = values[column], row * _PLACES + _CONDITIONS + number * _OF_COLUMN
+            if isinstance(cell, list):
+                self._lists.add(column)
+            # An empty list is a cell that cannot be used.
+            several = cell if isinstance(cell, list) and cell else [cell]
+            samples += [Sample(first + index, one) for index, one in enumerate(several)]
         return SourceRow(row, values[self.prompt_column] if self.prompt_column else None, samples)
 
 

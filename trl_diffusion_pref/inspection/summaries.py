@@ -112,6 +112,17 @@ class SampleSummary:
         def pair_rows(found: Sequence[Sequence[int]]) -> Finding:
             return _finding(found, lambda position: pairs[position].row, lambda position: _named(pairs[position]))
 
+        sources: dict[int, set[bytes]] = {}
+        for number in self.facts:
+            if self.rows.is_condition(number):
+                sources.setdefault(self.rows.row_of(number), set()).add(self.facts[number].key)
+
+        def unedited(side: str) -> Finding | None:
+            if not self.rows.conditions:
+                return None
+            keys = [self.facts[getattr(pair, side)].key for pair in pairs]
+            return pair_rows([[i] for i, pair in enumerate(pairs) if keys[i] in sources.get(pair.row, ())])
+
         return Duplicates(
             equal=samples(equal),
             equal_across_prompts=sum(
@@ -129,6 +140,8 @@ class SampleSummary:
             ),
             repeated_pairs=pair_rows([group for group in positions_by(named).values() if len(group) > 1]),
             contradictory_pairs=pair_rows(in_both_orders(named)),
+            unedited_chosen=unedited("chosen"),
+            unedited_rejected=unedited("rejected"),
         )
 
     def _place(self, number: int) -> str:

@@ -1,7 +1,7 @@
 """Samples of one or several pipelines for each prompt, with their scores: what pairs and rankings are made from."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import DiffusionPipeline
 
-from ..data.decode.image import decode_image
 from ..data.shards import key_of
+from ..evaluation.condition_images import Conditions, select
 from ..evaluation.loading import loaded_pipeline
 from ..evaluation.model_record import model_record
 from ..evaluation.sample_files import read_sample
@@ -120,7 +120,7 @@ class Candidates:
         blank: How many candidates are left out.
         modality: Of the pipelines.
         models: By name, what decides the samples, see `model_record`.
-        images: For each prompt what was edited, as a cell of a data set; None where samples come from text alone.
+        images: What was edited, by its column; empty where samples come from text alone.
     """
 
     prompts: list[str]
@@ -129,12 +129,18 @@ class Candidates:
     blank: int
     modality: Modality
     models: dict[str, Any]
-    images: list[Any] | None = None
+    images: Conditions
 
     @property
     def per_prompt(self) -> int:
         """How many samples a prompt has, blank ones included."""
         return (sum(map(len, self.of)) + self.blank) // len(self.prompts)
+
+    def by_prompt(self) -> Iterator[tuple[dict[str, Any], list[Candidate], dict[str, list[float]]]]:
+        """For each prompt its columns `prompt` and, if something was edited, `image`; its candidates; their scores."""
+        columns = {"prompt": self.prompts, **{name: cells.column() for name, cells in self.images.items()}}
+        asked = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        yield from zip(asked, self.of, self.scores, strict=True)
 
     def temperatures(self, temperature: Temperature) -> dict[str, float]:
         """A temperature for each reward, see `temperatures_of`."""
@@ -148,12 +154,12 @@ def sample_candidates(
     rewards: Mapping[str, Reward],
     output: Path,
     options: Sampling,
-    images: list[Any] | None = None,
+    images: Conditions,
 ) -> Candidates:
     """Samples and scores, all processes their share; what is stored in `output` is not made again.
 
     Args:
-        images: For each prompt what is to be edited, as a cell of a data set.
+        images: What is to be edited, by its column; empty where samples come from text alone.
 
     Raises:
         ValueError, TypeError: What `sample`, `loaded_pipeline` and `score` refuse; pipelines of several modalities;
@@ -185,7 +191,7 @@ def sample_candidates(
             pipeline,
             [options.text(prompts[index], side) for index, side, _ in asked],
             [seeds[number][index] for index, _, number in asked],
-            images=None if images is None else [images[index] for index, _, _ in asked],
+            images=select(images, [index for index, _, _ in asked]),
             batch_size=options.batch_size,
             output=output / "samples",
             exact=options.exact,
@@ -213,17 +219,17 @@ def _scored(
     output: Path,
     modality: Modality,
     models: dict[str, Any],
-    images: list[Any] | None,
+    images: Conditions,
 ) -> Candidates:
     """Looks at all candidates for blank ones and scores the others."""
     flat = [(prompt, candidate) for prompt, candidates in zip(prompts, of, strict=True) for candidate in candidates]
-    sources = [images[index] for index, candidates in enumerate(of) for _ in candidates] if images else []
+    sources = select(images, [index for index, candidates in enumerate(of) for _ in candidates])
     cache = ScoreCache(output / "scores", rewards, refuse_blank=True)
     cache.fill(
         [candidate.key for _, candidate in flat],
         [prompt for prompt, _ in flat],
         lambda position: read_sample(flat[position][1].file),
-        columns=(lambda position: {"image": decode_image(sources[position])}) if sources else None,
+        columns=lambda position: {name: cells[position] for name, cells in sources.items()},
         at_once=_SCORED_AT_ONCE,
         describe=lambda position: (
             f"the sample of {flat[position][1].model} for prompt {flat[position][0]!r} with "

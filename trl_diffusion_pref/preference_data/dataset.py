@@ -148,7 +148,7 @@ def dataset_card(values: Mapping[str, Any]) -> DatasetCard:
         values: `modality`, `kind` ("pairs" or "rankings"), `models`, `rewards`, `options`, `counts`, `columns`.
     """
     data = DatasetCardData(
-        task_categories=[_TASKS[values["modality"]]],
+        task_categories=["image-to-image" if "image" in values["columns"] else _TASKS[values["modality"]]],
         tags=["preference", "synthetic", "trl-diffusion-pref"],
     )
     return DatasetCard.from_template(data, template_path=str(_TEMPLATE), version=__version__, **values)

@@ -2,23 +2,20 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
+from datasets import Dataset, Image, List
 
-from ..data.content import cell_key
-from ..data.decode.cell import read_cell
-from ..data.shards import key_of
 from ..rewards.scoring import Rewards, named_rewards
 from .candidates import Pipelines, Sampling, sample_candidates
 from .dataset import check_stored, load_stored, write_dataset
 from .pairing import Strategy, Temperature
-from .prompts import Prompts, read_edits, read_prompts
+from .prompts import Prompts, edits_digest, read_edits
 from .reward_identity import reward_identity
 from .rows import Counts, Pairing, Ranking
 
@@ -60,8 +57,8 @@ def make_pairs(
         pipelines: A pipeline, loaded or by its folder or Hub id, or several by the name that the columns show. The
             samples of all of them compete.
         prompts: See `read_prompts`: a list, a file, or a data set with a column `prompt`. For pipelines that edit
-            images, a data set that also has the column `image`: what is to be edited. Rewards get it as the column
-            `image`, and the pairs have it too.
+            images, a file or data set that also has the column `image`: what is to be edited, an image or a list of
+            them. Rewards get it as the column `image`, and the pairs have it too.
         rewards: One, several, or several by name, see `rewards.score`. With several, samples are compared by their
             Bradley-Terry strengths, see `temperature`. None only with contrast prompts.
         output: Folder for `pairs/` (the data set, its options and card), `samples/` and `scores/`.
@@ -148,18 +145,14 @@ def make_rankings(
     Returns:
         Rows of `prompt`; `images` (`videos`, `audio`), as many for each prompt; `scores`, the only reward's own or the
         Bradley-Terry strengths of several; `scores/<reward>`, `models` and `seeds`. Prompts that have a blank sample,
-        or whose samples all have the same score, are left out and counted.
+        or whose samples all have the same score, are left out and counted. Rankings of edits have the column `image`,
+        as pairs have it.
 
     Raises:
         ValueError, RewardError, TypeError: See `make_pairs`.
     """
     sampling = Sampling(samples_per_prompt, None, seed, batch_size, exact, model_init_kwargs, device, pipeline_kwargs)
     return _make(Ranking(temperature), "rankings", pipelines, prompts, rewards, Path(output), sampling)
-
-
-def _keys_of(images: Sequence[Any] | None) -> list[bytes]:
-    """Of cells with images, by their content."""
-    return [cell_key(read_cell(image)) for image in images or ()]
 
 
 def _make(
@@ -172,17 +165,12 @@ def _make(
     sampling: Sampling,
 ) -> Dataset:
     """Samples, scores, and stores the rows that a rule makes of them."""
-    images: list[Any] | None = None
-    if isinstance(prompts, Dataset) and {"prompt", "image"} <= set(prompts.column_names):
-        if kind == "rankings":
-            raise ValueError("Rankings of edits cannot be read as pairs. Use make_pairs, or remove the column image.")
-        texts, images = read_edits(prompts)
-    else:
-        texts = read_prompts(prompts)
+    edits = read_edits(prompts)
+    texts, images = edits.prompts, edits.images
     named = {} if rewards is None else named_rewards(rewards)
     folder = output / kind
     record = {
-        "prompts": {"number": len(texts), "digest": key_of(texts, *_keys_of(images)).hex()},
+        "prompts": {"number": len(texts), "digest": edits_digest(edits)},
         "rewards": {name: reward_identity(reward) for name, reward in named.items()},
         **sampling.record(),
         **rule.options,
@@ -205,8 +193,9 @@ def _make(
         )
     columns = dict(rule.columns(candidates.modality, list(named)))
     features = rule.features(candidates.modality, list(named))
-    if images is not None:
-        features["image"], columns["image"] = Image(), "what was to be edited"
+    for column, cells in images.items():
+        features[column] = List(Image()) if cells.in_lists else Image()
+        columns[column] = "what was to be edited" if column == "image" else "given beside it"
     card = {
         "kind": kind,
         "modality": candidates.modality,

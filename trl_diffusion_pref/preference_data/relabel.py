@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
+from PIL.Image import Image
 
 from ..data.content import cell_key
 from ..data.decode.audio import decode_audio
 from ..data.decode.cell import CellProblem, kind_of, read_cell, undecoded_feature
 from ..data.decode.image import decode_image
-from ..data.known_layouts import PAIRS_LAYOUT, Match
+from ..data.known_layouts import PAIRS_LAYOUT, Match, condition_columns
 from ..data.layouts import PAIRS, Layout, captions_of, check_columns
 from ..data.pair_rows import PairTable, build_pairs
 from ..data.pairs import as_pairs
@@ -45,7 +46,8 @@ def relabel(
 
     Args:
         dataset: Pairs in any known layout, see docs/dataset_formats.md; or rankings, with the columns `prompt` and
-            `images` (`videos`, `audio`). Of several captions of a row the first one is scored.
+            `images` (`videos`, `audio`). Of several captions of a row the first one is scored. Rewards get condition
+            images, an image or a list of them for each sample, as the column `image`.
         rewards: One, several, or several by name, see `rewards.score`.
         temperature: A number, or one by name of the reward. None: each reward's standard deviation within rows, so
             that all rewards count alike.
@@ -88,9 +90,13 @@ class _Scoring:
 
     def __init__(self, dataset: Dataset, columns: tuple[str, ...]) -> None:
         self.columns = columns
+        named = condition_columns(dataset.column_names)
+        # The column `images` of a ranking holds its samples.
+        self.conditions = {name: column for name, column in named.items() if column not in columns}
         self.captions = [(captions_of(cell) or [""])[0] for cell in dataset["prompt"]]
-        cells = dataset.select_columns([*columns]).with_format(None)
-        for name in columns:
+        media = [*columns, *self.conditions.values()]
+        cells = dataset.select_columns(media).with_format(None)
+        for name in media:
             wanted = undecoded_feature(cells.features[name])
             cells = cells if wanted == cells.features[name] else cells.cast_column(name, wanted)
         self.cells = cells
@@ -105,9 +111,10 @@ class _Scoring:
         for row in range(len(self.cells)):
             of_row = self._of_row(row) if output is not None or len(self.columns) == 1 else self.columns
             rows.append([])
+            edited = [] if output is None else list(self._of_conditions(cell_key, row).values())
             for number, cell in enumerate(of_row):
                 content = b"" if output is None else self._guarded(cell_key, cell, row, number)
-                key = key_of(row, number) if output is None else key_of(self.captions[row], content)
+                key = key_of(row, number) if output is None else key_of(self.captions[row], content, *edited)
                 places.append((row, number))
                 rows[-1].append(key.hex())
             keys += rows[-1]
@@ -118,6 +125,7 @@ class _Scoring:
             lambda position: self._decoded(*places[position]),
             at_once=batch_size,
             describe=lambda position: self._where(*places[position]),
+            columns=lambda position: self._of_conditions(_decoded_images, places[position][0]),
         )
         return [cache.of(of_row) for of_row in rows]
 
@@ -125,7 +133,15 @@ class _Scoring:
         values = self.cells[row]
         return list(values[self.columns[0]]) if len(self.columns) == 1 else [values[name] for name in self.columns]
 
-    def _where(self, row: int, number: int) -> str:
+    def _of_conditions(self, function: Callable[[Any], Any], row: int) -> dict[str, Any]:
+        """What a function makes of a row's condition images, by their column."""
+        cells = self.cells[row] if self.conditions else {}
+        return {name: self._guarded(function, cells[column], row, column) for name, column in self.conditions.items()}
+
+    def _where(self, row: int, number: int | str) -> str:
+        """Where a sample is by its number, or a condition image by its column."""
+        if isinstance(number, str):
+            return f"row {row}, column '{number}'"
         if len(self.columns) == 1:
             return f"row {row}, column '{self.columns[0]}', number {number}"
         return f"row {row}, column '{self.columns[number]}'"
@@ -133,7 +149,7 @@ class _Scoring:
     def _decoded(self, row: int, number: int) -> Any:
         return self._guarded(_decode, self._of_row(row)[number], row, number)
 
-    def _guarded(self, function: Callable[[Any], Any], cell: Any, row: int, number: int) -> Any:
+    def _guarded(self, function: Callable[[Any], Any], cell: Any, row: int, number: int | str) -> Any:
         try:
             return function(read_cell(cell))
         except CellProblem as problem:
@@ -148,6 +164,11 @@ def _decode(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [decode_image(frame) for frame in content]
     return content if kind == "video" else decode_image(content)
+
+
+def _decoded_images(content: Any) -> Image | list[Image]:
+    """A condition image, or a list of them."""
+    return [decode_image(one) for one in content] if isinstance(content, (list, tuple)) else decode_image(content)
 
 
 def _paired_again(

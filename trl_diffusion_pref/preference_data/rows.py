@@ -85,13 +85,11 @@ class Pairing:
     def rows(self, candidates: Candidates, counts: Counts) -> Iterator[dict[str, Any]]:
         """The pairs of all prompts."""
         temperatures = candidates.temperatures(self.temperature)
-        images = candidates.images or [None] * len(candidates.prompts)
-        everything = zip(candidates.prompts, candidates.of, candidates.scores, images, strict=True)
-        for prompt, of, scores, image in everything:
+        for prompt, of, scores in candidates.by_prompt():
             combined = combined_scores(scores, temperatures) if scores and of else None
             choose = self._contrasting if self.contrast is not None else self._better_and_worse
             for pair in choose(of, combined, counts):
-                row: dict[str, Any] = {"prompt": prompt} | ({} if image is None else {"image": image})
+                row: dict[str, Any] = dict(prompt)
                 for side, index in zip(("chosen", "rejected"), pair, strict=True):
                     sample = of[index]
                     row |= {side: cell(sample.file), f"{side}_model": sample.model, f"{side}_seed": sample.seed}
@@ -177,7 +175,7 @@ class Ranking:
     def rows(self, candidates: Candidates, counts: Counts) -> Iterator[dict[str, Any]]:
         """The rankings of all prompts that have all of their samples."""
         temperatures, column = candidates.temperatures(self.temperature), SAMPLES[candidates.modality]
-        for prompt, of, scores in zip(candidates.prompts, candidates.of, candidates.scores, strict=True):
+        for prompt, of, scores in candidates.by_prompt():
             # Trainers on rankings need as many samples in each row.
             if len(of) < candidates.per_prompt:
                 counts.short_prompts += 1
@@ -187,7 +185,7 @@ class Ranking:
                 counts.tied_prompts += 1
                 continue
             yield {
-                "prompt": prompt,
+                **prompt,
                 column: [cell(sample.file) for sample in of],
                 "scores": combined,
                 **{f"scores/{name}": values for name, values in scores.items()},

@@ -12,7 +12,8 @@ The protocol. A request is a POST of JSON:
       "columns": {"fps": [8, 8], ...}
     }
 
-`columns` holds the columns that were asked for, lists with one entry per sample. The answer is JSON with one number
+`columns` holds the columns that were asked for, lists with one entry per sample; images in them, such as those that
+were edited, are like samples. The answer is JSON with one number
 per sample, in order:
 
     {"scores": [1.5, ...]}
@@ -26,7 +27,7 @@ from typing import Any
 
 from ..data.decode.cell import CellProblem
 from .client import ServerError, check_url, post_json
-from .media import Media, as_json, decode_sample
+from .media import Media, as_json, column_as_json, decode_sample
 from .scoring import RewardError, checked_scores, column_slice
 
 
@@ -136,7 +137,10 @@ class HTTPReward(ServerReward):
             body = {
                 "prompts": list(prompts[first:last]),
                 "samples": [as_json(self._decoded(samples[index], index)) for index in range(first, last)],
-                "columns": column_slice(wanted, len(samples), first, last),
+                "columns": {
+                    name: column_as_json(values)
+                    for name, values in column_slice(wanted, len(samples), first, last).items()
+                },
             }
             which = f"samples {first} to {last - 1}"
             answer = self._post(self.url, body, which)

@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,3 +63,22 @@ def as_json(media: Media) -> dict[str, Any]:
     if isinstance(media, list):
         return {"type": "video", "format": "png", "frames": [png(frame) for frame in media]}
     return {"type": "image", "format": "png", "data": png(media)}
+
+
+def column_as_json(values: Any) -> Any:
+    """A column in the protocol of `HTTPReward`: images, such as those that were edited, as samples are sent."""
+    if isinstance(values, (list, tuple)):
+        return [column_as_json(value) for value in values]
+    return as_json(values) if isinstance(values, (Image.Image, Waveform)) else values
+
+
+def edited_images(columns: Mapping[str, Any], count: int) -> list[list[Image.Image]]:
+    """For each of so many samples the images that it was edited from, from the column `image`; none without it.
+
+    Raises:
+        CellProblem: One cannot be decoded.
+    """
+    cells = columns.get("image")
+    if cells is None:
+        return [[] for _ in range(count)]
+    return [[decode_image(one) for one in (cell if isinstance(cell, (list, tuple)) else [cell])] for cell in cells]

@@ -8,16 +8,29 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from ..data.decode.cell import CellProblem
 from .loading import load_processor
+from .media import edited_images
 from .model_reward import ModelReward, wide
+from .scoring import RewardError
+
+
+_QUESTION = 'Does this image show "{prompt}"? Answer Yes or No.'
+_EDIT_QUESTION = (
+    'The last image was made from what is before it by the instruction "{prompt}". Does it follow the instruction and '
+    "keep everything else? Answer Yes or No."
+)
 
 
 class VisionLanguageReward(ModelReward):
     """The probability that the model's answer to a question about the image begins with "Yes", in [0, 1].
 
+    Where samples are edits, the model sees the images in the column `image` before the sample.
+
     Args:
         model: Any chat model of transformers' `AutoModelForImageTextToText`; a repository on the Hub or a folder.
-        question: With `{prompt}` where the prompt belongs.
+        question: With `{prompt}` where the prompt belongs. None: whether the image shows the prompt or, for edits,
+            whether the instruction was followed and all else was kept.
         answer: Its first token is the one whose probability counts.
         name, batch_size, device, dtype, keep_on_device: See `ModelReward`.
 
@@ -28,7 +41,7 @@ class VisionLanguageReward(ModelReward):
     def __init__(
         self,
         model: str = "Qwen/Qwen3-VL-4B-Instruct",
-        question: str = 'Does this image show "{prompt}"? Answer Yes or No.',
+        question: str | None = None,
         answer: str = "Yes",
         *,
         name: str = "vision_language",
@@ -38,9 +51,11 @@ class VisionLanguageReward(ModelReward):
         keep_on_device: bool = False,
     ) -> None:
         super().__init__(name=name, batch_size=batch_size, device=device, dtype=dtype, keep_on_device=keep_on_device)
-        if "{prompt}" not in question:
+        self.model, self.answer = model, answer
+        self.question = _QUESTION if question is None else question
+        self.edit_question = _EDIT_QUESTION if question is None else question
+        if "{prompt}" not in self.question:
             raise ValueError(f"question={question!r} has no {{prompt}}, where the prompt belongs")
-        self.model, self.question, self.answer = model, question, answer
 
     def _load(self) -> PreTrainedModel:
         self._processor = load_processor(self.model)
@@ -52,11 +67,15 @@ class VisionLanguageReward(ModelReward):
         return self._vlm
 
     def _score(self, prompts: list[str], samples: list[Image.Image], columns: dict[str, Any]) -> Tensor:
-        texts = [self._chat(prompt) for prompt in prompts]
+        try:
+            edited = edited_images(columns, len(samples))
+        except CellProblem as problem:
+            raise RewardError(self.name, f"column 'image': {problem}") from problem
+        texts = [self._chat(prompt, len(images)) for prompt, images in zip(prompts, edited, strict=True)]
         beginning = self._processor.tokenizer.bos_token
         inputs = self._processor(
             text=texts,
-            images=[[image] for image in samples],
+            images=[[*images, image] for images, image in zip(edited, samples, strict=True)],
             padding=True,
             # A template that writes the first token itself must not get it twice.
             add_special_tokens=not (beginning and texts[0].startswith(beginning)),
@@ -69,10 +88,10 @@ class VisionLanguageReward(ModelReward):
         logits = self._vlm(**inputs).logits[:, -1]
         return wide(logits).softmax(dim=-1)[:, self._token]
 
-    def _chat(self, prompt: str) -> str:
+    def _chat(self, prompt: str, edited: int) -> str:
         # Not `format`, since prompts and questions may contain other braces.
-        question = self.question.replace("{prompt}", prompt)
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        question = (self.edit_question if edited else self.question).replace("{prompt}", prompt)
+        content = [*[{"type": "image"}] * (edited + 1), {"type": "text", "text": question}]
         return self._processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
