@@ -72,3 +72,25 @@ def config(tmp_path):
         return MaPOConfig(**{**defaults, **options})
 
     return make
+
+
+@pytest.fixture
+def image_run(tmp_path):
+    """Makes the options of a run of two steps on images of 16 pixels."""
+
+    def make(**more) -> dict:
+        defaults = {
+            "output_dir": str(tmp_path / "output"),
+            "dataset_cache_dir": str(tmp_path / "cache"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "resolution": 16,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "report_to": [],
+            "activation_checkpointing": False,
+        }
+        return {**defaults, **more}
+
+    return make

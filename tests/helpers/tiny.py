@@ -46,6 +46,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.utils import is_sentencepiece_available
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
@@ -73,10 +74,12 @@ from helpers.tiny_auraflow import build_auraflow
 from helpers.tiny_chroma import build_chroma
 from helpers.tiny_cogview4 import build_cogview4
 from helpers.tiny_flux_kontext import kontext_around, noisy_tokens
+from helpers.tiny_hidream import build_hidream
 from helpers.tiny_hunyuan_video import build_hunyuan_video
 from helpers.tiny_hunyuan_video15 import build_hunyuan_video15
 from helpers.tiny_inpainting import build_stable_diffusion_inpaint, fill_around, masks, xl_inpaint_around
 from helpers.tiny_instruct_pix2pix import build_instruct_pix2pix, images
+from helpers.tiny_kolors import build_kolors
 from helpers.tiny_ltx import build_ltx, in_a_row, out_of_a_row
 from helpers.tiny_lumina2 import build_lumina2
 from helpers.tiny_parts import (
@@ -652,6 +655,11 @@ CASES = {
         edits=True,
         masked=True,
     ),
+    "kolors": Case(
+        build_kolors,
+        call={"guidance_scale": 1.0, "original_size": (40, 30), "crops_coords_top_left": (3, 5)},
+        prediction_type="epsilon",
+    ),
     "stable_diffusion_3": Case(build_stable_diffusion_3),
     "stable_diffusion_3_without_t5": Case(lambda: build_stable_diffusion_3(absent=(3,))),
     "flux_dev": Case(
@@ -725,6 +733,7 @@ CASES = {
         call={"guidance_scale": 1.0, "original_size": (40, 30), "crops_coords_top_left": (3, 5)},
         size=(32, 48),
     ),
+    "hidream": Case(build_hidream),
     "wan": Case(build_wan, call={"guidance_scale": 1.0, "num_frames": 5}, size=(16, 32), frames=5),
     "wan_5b": Case(build_wan_5b, call={"guidance_scale": 1.0, "num_frames": 5}, size=(32, 64), frames=5),
     "wan_image_to_video": Case(
@@ -842,6 +851,10 @@ def marked(names: Iterable[str]) -> list:
 
 if not hasattr(diffusers, "AceStepPipeline"):
     del CASES["ace_step"]
+# Supported pipelines without a case here, since a package that they need is not installed.
+ABSENT = set() if is_sentencepiece_available() else {"KolorsPipeline"}
+if ABSENT:
+    del CASES["kolors"]
 
 # Where guidance is switched on in another way than by `guidance_scale`.
 TRUE_GUIDANCE = (

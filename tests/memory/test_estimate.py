@@ -124,6 +124,8 @@ def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
         "lumina2",
         "z_image",
         "cogview4",
+        "hidream",
+        *(["kolors"] if "kolors" in tiny.CASES else []),
     ],
 )
 def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):

@@ -102,6 +102,7 @@ class TestFamilies:
         on = {name for name, value in default.items() if value}
         assert on == {
             "StableDiffusionXLPipeline",
+            "KolorsPipeline",
             "StableDiffusion3Pipeline",
             "FluxPipeline",
             "Flux2Pipeline",
@@ -117,6 +118,7 @@ class TestFamilies:
             "Lumina2Pipeline",
             "ZImagePipeline",
             "CogView4Pipeline",
+            "HiDreamImagePipeline",
         }
         # The others make videos and audio.
         others = [family for family in all_families() if family.pipeline_class in set(default) - on]
@@ -255,7 +257,18 @@ class TestRuns:
         ["stable_diffusion_xl", "stable_diffusion_3", "flux_dev"]
         + [
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("pixart_sigma", "sana", "qwen_image", "chroma", "auraflow", "lumina2", "z_image", "cogview4")
+            for name in (
+                "pixart_sigma",
+                "sana",
+                "qwen_image",
+                "chroma",
+                "auraflow",
+                "lumina2",
+                "z_image",
+                "cogview4",
+                "hidream",
+                *(["kolors"] if "kolors" in tiny.CASES else []),
+            )
         ],
     )
     def test_models_train_by_default_on_every_shape_of_the_data(self, name, kind, run, pairs):

@@ -50,24 +50,8 @@ def edits(cells: list, column: str = "image") -> Dataset:
 
 
 @pytest.fixture
-def options(tmp_path):
-    def make(**more) -> dict:
-        defaults = {
-            "output_dir": str(tmp_path / "output"),
-            "dataset_cache_dir": str(tmp_path / "cache"),
-            "max_steps": 2,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "resolution": 16,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "report_to": [],
-            "activation_checkpointing": False,
-            "cache_dtype": "float32",
-        }
-        return {**defaults, **more}
-
-    return make
+def options(image_run):
+    return lambda **more: image_run(**{"cache_dtype": "float32", **more})
 
 
 def rows_of(trainer) -> dict[int, dict]:

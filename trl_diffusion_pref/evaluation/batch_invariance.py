@@ -6,8 +6,8 @@ another byte.
 """
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -96,17 +96,44 @@ class RowByRow(TorchFunctionMode):
 
 
 @contextmanager
-def batch_invariant(device: torch.device) -> Iterator[None]:
+def _one_text_at_a_time(encoder: nn.Module) -> Iterator[None]:
+    """Calls a text encoder of hidden states `(tokens, B, width)`, whose first dimension is not the rows', for each."""
+    before, forward = vars(encoder).get("forward"), encoder.forward
+
+    def encode(**inputs: Any) -> Any:
+        outputs = []
+        # What is alone needs no division into rows.
+        with torch._C.DisableTorchFunction():
+            for row in range(len(inputs["input_ids"])):
+                own = {name: v[row : row + 1] if isinstance(v, Tensor) else v for name, v in inputs.items()}
+                outputs.append(forward(**own))
+        layers = zip(*(output.hidden_states for output in outputs), strict=True)
+        return type(outputs[0])(hidden_states=tuple(torch.cat(rows, dim=1) for rows in layers))
+
+    vars(encoder)["forward"] = encode
+    try:
+        yield
+    finally:
+        del vars(encoder)["forward"]
+        if before is not None:
+            vars(encoder)["forward"] = before
+
+
+@contextmanager
+def batch_invariant(device: torch.device, tokens_first: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Computes each row of a batch as if it were alone, see `RowByRow`.
 
     Args:
         device: On a CPU, results also depend on how many threads share the work, so one thread computes meanwhile.
+        tokens_first: Text encoders whose hidden states are `(tokens, B, width)`.
     """
     threads = torch.get_num_threads()
     if device.type == "cpu" and threads > 1:
         torch.set_num_threads(1)
     try:
-        with RowByRow():
+        with RowByRow(), ExitStack() as stack:
+            for encoder in tokens_first:
+                stack.enter_context(_one_text_at_a_time(encoder))
             yield
     finally:
         if torch.get_num_threads() != threads:

@@ -309,7 +309,8 @@ def _ready(pipeline: DiffusionPipeline, family: Family, exact: bool) -> Iterator
             pipeline.scheduler = copy.deepcopy(scheduler)
             pipeline.set_progress_bar_config(disable=True)
             if exact:
-                stack.enter_context(batch_invariant(device))
+                tokens_first = [getattr(pipeline, name) for name in family.tokens_first]
+                stack.enter_context(batch_invariant(device, tokens_first))
             yield
         finally:
             pipeline.scheduler = scheduler

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import DummyObject, requires_backends
 from torch import nn
 
 from ..host_libraries import quiet_imports
@@ -44,6 +45,7 @@ _BUILT_IN = (
     ("StableDiffusionInpaintPipeline", "0.37", "stable_diffusion_inpaint", "StableDiffusionInpaintFamily"),
     ("StableDiffusionXLPipeline", "0.37", "stable_diffusion_xl", "StableDiffusionXLFamily"),
     ("StableDiffusionXLInpaintPipeline", "0.37", "stable_diffusion_xl_inpaint", "StableDiffusionXLInpaintFamily"),
+    ("KolorsPipeline", "0.37", "kolors", "KolorsFamily"),
     ("StableDiffusion3Pipeline", "0.37", "stable_diffusion_3", "StableDiffusion3Family"),
     ("FluxPipeline", "0.37", "flux", "FluxFamily"),
     ("FluxFillPipeline", "0.37", "flux_fill", "FluxFillFamily"),
@@ -60,6 +62,7 @@ _BUILT_IN = (
     ("Lumina2Pipeline", "0.37", "lumina2", "Lumina2Family"),
     ("ZImagePipeline", "0.37", "z_image", "ZImageFamily"),
     ("CogView4Pipeline", "0.37", "cogview4", "CogView4Family"),
+    ("HiDreamImagePipeline", "0.37", "hidream_image", "HiDreamImageFamily"),
     ("WanPipeline", "0.37", "wan", "WanFamily"),
     ("LTXPipeline", "0.37", "ltx", "LTXFamily"),
     ("HunyuanVideoPipeline", "0.37", "hunyuan_video", "HunyuanVideoFamily"),
@@ -176,16 +179,21 @@ def family_named(pipeline_class: str, kind: type | None = None) -> Family:
     Raises:
         TypeError: An unsupported class; the message says what is nearest, and lists the supported ones. Or one that
             the installed diffusers does not have; the message names the version that has it.
+        ImportError: One that needs a package which is not installed.
     """
     supported = ", ".join(supported_pipelines())
     family = _FAMILIES.get(pipeline_class)
+    kind = kind or getattr(diffusers, pipeline_class, None)
+    if family is not None and isinstance(kind, DummyObject):
+        # Stands in for the class, and fails in other words where a pipeline is loaded.
+        requires_backends(kind, kind._backends)
     if family is None and pipeline_class in _MISSING:
         raise TypeError(
             f"{pipeline_class} needs diffusers >= {_MISSING[pipeline_class]}, but {diffusers.__version__} is "
             "installed. Upgrade it: pip install --upgrade diffusers."
         )
     if family is None:
-        near = nearest_family(pipeline_class, kind or getattr(diffusers, pipeline_class, None), all_families())
+        near = nearest_family(pipeline_class, kind, all_families())
         if near is None:
             advice = f"To train it all the same, subclass trl_diffusion_pref.families.Family {_HOW_TO_REGISTER}"
         else:

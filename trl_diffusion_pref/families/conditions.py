@@ -26,6 +26,7 @@ class Conditions(ABC):
             the pipeline generates, black where it keeps the image. None without.
         one_prompt_per_call: Whether the pipeline's `__call__` takes one prompt at a time. Those that take several
             images for it, or whose text encoder sees them, do where they get images.
+        tokens_first: Names of text encoders whose hidden states are `(tokens, B, width)`, and not the batch first.
         prompts_see_images: Whether the text encoder sees the condition images: conditioning on the prompt, and on the
             empty prompt, is then the row's, from `encode_prompts_with_images`.
     """
@@ -38,6 +39,7 @@ class Conditions(ABC):
     own_condition_sizes: bool = False
     mask_column: str | None = None
     one_prompt_per_call: bool = False
+    tokens_first: tuple[str, ...] = ()
     prompts_see_images: bool = False
     packing: int = 1
 

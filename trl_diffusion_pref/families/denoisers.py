@@ -116,6 +116,7 @@ class Denoisers:
     Attributes:
         denoiser_names: The pipeline's attributes that predict, where there are several; see `time_ranges`.
         chosen_denoiser: The only one of them to train, see `with_denoiser`; None for all.
+        batch_second: Names of the denoiser's arguments whose second dimension is the batch.
     """
 
     pipeline_class: str
@@ -123,6 +124,7 @@ class Denoisers:
     lora_target_modules: tuple[str, ...]
     denoiser_names: tuple[str, ...] = ()
     chosen_denoiser: str | None = None
+    batch_second: tuple[str, ...] = ()
 
     def with_denoiser(self, name: str | None) -> Self:
         """This family for the training of one of several denoisers, which is then its `denoiser_name`.

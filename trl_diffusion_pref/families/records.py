@@ -35,8 +35,9 @@ class InputShapes:
 class PartConfig:
     """Stands in for a part of a pipeline of which only its config, or a tokenizer's length, is read.
 
-    Not frozen, since some pipelines set an attribute of their tokenizer when they are made.
+    Not frozen, since some pipelines set an attribute of their tokenizer when they are made, from its `eos_token`.
     """
 
     config: Any = None
     model_max_length: int | None = None
+    eos_token: str | None = None

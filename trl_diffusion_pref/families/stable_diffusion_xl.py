@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import ModelMixin, StableDiffusionXLPipeline
@@ -40,13 +40,13 @@ class StableDiffusionXLFamily(Family):
     pipeline_class = "StableDiffusionXLPipeline"
     denoiser_class = "UNet2DConditionModel"
     denoiser_name = "unet"
-    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    encoder_names: tuple[str, ...] = ("vae", "text_encoder", "text_encoder_2")
     guidance_layout = "batched"
     # arXiv 2307.01952, section 2.3 and appendix I.
     aspect_ratio_buckets = True
     # examples/dreambooth/train_dreambooth_lora_sdxl.py
     lora_target_modules = ("to_k", "to_q", "to_v", "to_out.0")
-    kohya = KohyaNames(
+    kohya: ClassVar[KohyaNames | None] = KohyaNames(
         (
             Rule(r"(down|up|mid)_blocks?(?:\.(\d+))?\.(attentions)\.(\d+)\.(.+)", _in_block),
             Rule(rf"(down|up|mid)_blocks?(?:\.(\d+))?\.(resnets)\.(\d+)\.({'|'.join(_RESNET)})", _in_block),
@@ -69,8 +69,8 @@ class StableDiffusionXLFamily(Family):
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:
-        # The UNets of Stable Diffusion and of inpainting are of the same class.
-        if not super().takes_denoiser(denoiser):
+        # The UNets of Stable Diffusion, of inpainting and of Kolors are of the same class.
+        if not super().takes_denoiser(denoiser) or denoiser.config.get("encoder_hid_dim") is not None:
             return False
         config = denoiser.config
         return config.get("addition_embed_type") == "text_time" and config.in_channels != 2 * config.out_channels + 1

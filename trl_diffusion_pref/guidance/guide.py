@@ -55,7 +55,9 @@ class NegativeGuidance:
         self.others: list[NegativeGuidance] = []
         family = guided_family(pipeline)
         # In an unknown pipeline every name counts that any family shares.
-        self._shared = tuple(name for each in ([family] if family else families()) for name in each.shared_arguments)
+        known = [family] if family else families()
+        self._shared = tuple(name for each in known for name in each.shared_arguments)
+        self._batch_second = tuple(name for each in known for name in each.batch_second)
         self._first_argument = list(inspect.signature(type(self.denoiser).forward).parameters)[1]
         self.alpha, self.beta = alpha, beta
         self._merged = {"alpha": base is not None, "beta": negative.denoiser is not None}
@@ -151,9 +153,8 @@ class NegativeGuidance:
             if not _is_both_sides(sample, parts, caller):
                 return original(*args, **kwargs)
             count = len(sample) // parts
-            first, second = (
-                take_half((args, kwargs), half, len(sample), self._shared, lists, first=count) for half in (0, 1)
-            )
+            how: dict[str, Any] = {"lists": lists, "first": count, "batch_second": self._batch_second}
+            first, second = (take_half((args, kwargs), half, len(sample), self._shared, **how) for half in (0, 1))
             if self.layout != "batched":
                 return join_halves(original(*first[0], **first[1]), self._negative(original, *second))
             return join_halves(self._negative(original, *first), original(*second[0], **second[1]))

@@ -8,7 +8,14 @@ from torch import Tensor
 
 
 def take_half(
-    value: Any, half: int, batch: int, shared: tuple[str, ...] = (), lists: bool = False, *, first: int | None = None
+    value: Any,
+    half: int,
+    batch: int,
+    shared: tuple[str, ...] = (),
+    lists: bool = False,
+    *,
+    first: int | None = None,
+    batch_second: tuple[str, ...] = (),
 ) -> Any:
     """The first (0) or second (1) half of every tensor with `batch` rows, in nested containers too.
 
@@ -17,6 +24,7 @@ def take_half(
         shared: Names of arguments that are the same for all samples, which stay whole.
         lists: Whether the denoiser takes its samples as lists of tensors: each list with `batch` entries is halved,
             and the tensors in it stay whole.
+        batch_second: Names of arguments, tensors, whose rows are in the second dimension.
     """
     first = batch // 2 if first is None else first
     rows = slice(first) if half == 0 else slice(first, None)
@@ -24,7 +32,11 @@ def take_half(
         return value[rows] if value.ndim and len(value) == batch else value
     if isinstance(value, Mapping):
         return {
-            key: item if key in shared else take_half(item, half, batch, shared, lists, first=first)
+            key: item
+            if key in shared
+            else item[:, rows]
+            if key in batch_second
+            else take_half(item, half, batch, shared, lists, first=first, batch_second=batch_second)
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -32,7 +44,9 @@ def take_half(
         nested = any(isinstance(item, (Tensor, list, tuple, Mapping)) for item in value)
         if len(value) == batch and (not nested or (lists and isinstance(value, list))):
             return value[rows]
-        return type(value)(take_half(item, half, batch, shared, lists, first=first) for item in value)
+        return type(value)(
+            take_half(item, half, batch, shared, lists, first=first, batch_second=batch_second) for item in value
+        )
     return value
 
 

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
-import transformers
 from diffusers import DiffusionPipeline
 
 from ..data.cache import row_bytes, stored_bytes
@@ -37,7 +37,9 @@ def pipeline_with_tokenizers(model: str | os.PathLike[str]) -> DiffusionPipeline
         pipeline = pipeline_from_configs(model)
         for name, entry in index.items():
             if name.startswith("tokenizer") and isinstance(entry, (list, tuple)) and entry[1] is not None:
-                kind: Any = getattr(transformers, entry[1])
+                # Those that are not of transformers are in the folder of one of diffusers' pipelines.
+                library = entry[0] if entry[0] == "transformers" else f"diffusers.pipelines.{entry[0]}"
+                kind: Any = getattr(import_module(library), entry[1])
                 setattr(pipeline, name, kind.from_pretrained(model, subfolder=name))
     return pipeline
 

@@ -14,7 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..data import Encoders
-from ..families import Family, family_for, family_named
+from ..evaluation.loading import family_by_name
+from ..families import Family, family_for
 from ..fingerprint import different_parameters
 from ..host_libraries import dtype_option, quiet_loading
 from .config import DiffusionPreferenceConfig
@@ -25,15 +26,12 @@ def family_of(model: str | os.PathLike | DiffusionPipeline, model_init_kwargs: d
 
     Raises:
         TypeError: No supported pipeline.
+        ImportError: One that needs a package which is not installed.
         OSError: No pipeline of this name.
     """
     if not isinstance(model, (str, os.PathLike)):
         return family_for(model)
-    names = ("revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-    index = DiffusionPipeline.load_config(
-        model, **{name: value for name, value in model_init_kwargs.items() if name in names}
-    )
-    return family_named(index["_class_name"])
+    return family_by_name(model, model_init_kwargs)
 
 
 def load_pipeline(
