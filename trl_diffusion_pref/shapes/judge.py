@@ -28,6 +28,7 @@ class Verdict:
 
     Args:
         shape, colour, style: Of the nearest drawing.
+        radius, x, y: Its size and centre in pixels, see `drawing.Scene`.
         distance: Root mean squared difference to it over pixels and channels, in [0, 1] where 1 is black against
             white.
     """
@@ -35,6 +36,9 @@ class Verdict:
     shape: str
     colour: str
     style: str
+    radius: int
+    x: int
+    y: int
     distance: float
 
     @property
@@ -75,13 +79,13 @@ class Summary:
 
 
 @lru_cache(maxsize=1)
-def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
-    """(shape, style) of each template, coverages `(K, pixels)` and their squared norms `(K,)`."""
+def _templates() -> tuple[list[tuple[str, str, int, int, int]], np.ndarray, np.ndarray]:
+    """(shape, style, radius, x, y) of each template, coverages `(K, pixels)` and their squared norms `(K,)`."""
     labels, rows = [], []
     for shape in SHAPES:
         for style in STYLES:
             for radius, x, y in layouts():
-                labels.append((shape, style))
+                labels.append((shape, style, radius, x, y))
                 rows.append(coverage(shape, style, radius, x, y).reshape(-1))
     coverages = np.stack(rows)
     return labels, coverages, np.square(coverages).sum(axis=1)
@@ -113,7 +117,7 @@ def judge(images: Sequence[Image.Image]) -> list[Verdict]:
     difference = (pixels - background).reshape(len(images), -1, 3)
     energy = np.square(difference).sum(axis=(1, 2))
     best = np.full(len(images), np.inf, dtype=np.float32)
-    shown = [("", "", "")] * len(images)
+    shown = [("", "", "", 0, 0, 0)] * len(images)
     for name, rgb in COLOURS.items():
         direction = np.array(rgb, dtype=np.float32) / 255.0 - background
         # |y - a d|^2 = |y|^2 - 2 a.(y d) + |a|^2 |d|^2 for coverage a and colour direction d
@@ -122,7 +126,8 @@ def judge(images: Sequence[Image.Image]) -> list[Verdict]:
         for index, template in enumerate(nearest):
             if squared[index, template] < best[index]:
                 best[index] = squared[index, template]
-                shown[index] = (labels[template][0], name, labels[template][1])
+                shape, style, radius, x, y = labels[template]
+                shown[index] = (shape, name, style, radius, x, y)
     distances = np.sqrt(np.maximum(best, 0.0) / (IMAGE_SIZE * IMAGE_SIZE * 3))
     return [Verdict(*what, float(distance)) for what, distance in zip(shown, distances, strict=True)]
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from .drawing import COLOURS, SHAPES, STYLES, draw, random_scene
+from .drawing import COLOURS, SHAPES, STYLES, Scene, draw, random_scene
 
 
 def preference_pairs(
@@ -41,9 +41,14 @@ def preference_pairs(
             rejected = type(chosen)(shape, colour, other_style, chosen.radius, chosen.x, chosen.y)
         rows["prompt"].append(chosen.prompt)
         for column, scene in (("chosen", chosen), ("rejected", rejected)):
-            buffer = io.BytesIO()
-            draw(scene).save(buffer, format="PNG")
-            rows[column].append({"bytes": buffer.getvalue(), "path": None})
+            rows[column].append(png_cell(scene))
     return Dataset.from_dict(
         rows, features=Features({"prompt": Value("string"), "chosen": Image(), "rejected": Image()})
     )
+
+
+def png_cell(scene: Scene) -> dict[str, bytes | None]:
+    """The drawing as a cell of a data set's column of images."""
+    buffer = io.BytesIO()
+    draw(scene).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -16,6 +18,7 @@ from PIL import Image
 
 from ..evaluation import sampling
 from ..host_libraries import dtype_option, quiet_loading
+from .drawing import IMAGE_SIZE
 from .silent_tokens import count_silent_tokens
 
 
@@ -23,7 +26,9 @@ BASES = {
     "mixed": "trained on 85 % filled and 15 % outlined shapes",
     "filled_only": "trained on filled shapes only; has the same text encoder and VAE as mixed",
     "flow": "a rectified flow of Stable Diffusion 3's classes; has the same data, text encoder and VAE as mixed",
+    "editing": "InstructPix2Pix, trained from mixed on edits, half of them redrawn elsewhere; same encoder and VAE",
 }
+ShapesPipeline: TypeAlias = StableDiffusionPipeline | StableDiffusion3Pipeline | StableDiffusionInstructPix2PixPipeline
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -31,7 +36,7 @@ def pipeline_folder(base: str = "mixed") -> Path:
     """Folder that `DiffusionPipeline.from_pretrained` loads.
 
     Args:
-        base: "mixed" or "flow"; "filled_only" is stored as a UNet only, see `load_pipeline`.
+        base: "mixed" or "flow"; "filled_only" and "editing" are stored as UNets only, see `load_pipeline`.
 
     Raises:
         ValueError: Any other base.
@@ -42,15 +47,13 @@ def pipeline_folder(base: str = "mixed") -> Path:
     return _WEIGHTS / folders[base]
 
 
-def load_pipeline(
-    base: str = "mixed", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+def load_pipeline(base: str = "mixed", dtype: torch.dtype = torch.float32) -> ShapesPipeline:
     """Loads one of the trained bases.
 
     Args:
-        base: "mixed", "filled_only" or "flow", see `BASES`. The last is a `StableDiffusion3Pipeline`; the
+        base: "mixed", "filled_only", "flow" or "editing", see `BASES`. "flow" is a `StableDiffusion3Pipeline`; the
             equal tokens of its T5 encoder are computed as one, which gives the same values faster, see
-            `silent_tokens`.
+            `silent_tokens`. "editing" is a `StableDiffusionInstructPix2PixPipeline` for the instructions of `edits`.
         dtype: Of the weights, which are stored in float16.
 
     Raises:
@@ -65,15 +68,17 @@ def load_pipeline(
             count_silent_tokens(pipeline.transformer)
             return pipeline
         components = {}
-        if base == "filled_only":
-            components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / "filled_only_unet", **options)
-        return StableDiffusionPipeline.from_pretrained(pipeline_folder(), **options, **components)
+        if base != "mixed":
+            components["unet"] = UNet2DConditionModel.from_pretrained(_WEIGHTS / f"{base}_unet", **options)
+        kind = StableDiffusionInstructPix2PixPipeline if base == "editing" else StableDiffusionPipeline
+        return kind.from_pretrained(pipeline_folder(), **options, **components)
 
 
 def sample(
-    pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
+    pipeline: ShapesPipeline,
     prompts: Sequence[str],
     *,
+    images: Sequence[Image.Image] | None = None,
     seed: int = 0,
     guidance_scale: float = 3.0,
     steps: int = 20,
@@ -82,15 +87,27 @@ def sample(
     """Generates one image per prompt, with DDIM or, for a flow, its own Euler scheduler; image i depends on (seed, i).
 
     The pipeline gets its scheduler back afterwards. Rounding depends on the batch, see `evaluation.sampling.sample`.
+
+    Args:
+        pipeline: One of the bases, or trained from one.
+        prompts: N prompts.
+        images: For the editing pipeline, what to edit: N drawings.
+        seed: Of the samples' seeds.
+        guidance_scale, steps: Of the pipeline's call.
+        batch_size: Images in one call.
+
+    Raises:
+        ValueError: See `evaluation.sampling.sample`.
     """
     scheduler = pipeline.scheduler
     kind = type(scheduler) if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else DDIMScheduler
     pipeline.scheduler = kind.from_config(scheduler.config)
     try:
-        images = sampling.sample(
+        samples = sampling.sample(
             pipeline,
             prompts,
             [seed * 1_000_003 + index for index in range(len(prompts))],
+            images=images,
             batch_size=batch_size,
             # The numbers of the README and the benchmarks were measured so.
             exact=False,
@@ -101,23 +118,39 @@ def sample(
         )
     finally:
         pipeline.scheduler = scheduler
-    return [image for image in images if isinstance(image, Image.Image)]
+    return [image for image in samples if isinstance(image, Image.Image)]
 
 
 def sample_base(
-    base: str, prompts: Sequence[str], *, seed: int = 0, guidance_scale: float = 3.0, steps: int = 20
+    base: str,
+    prompts: Sequence[str],
+    *,
+    images: Sequence[Image.Image] | None = None,
+    seed: int = 0,
+    guidance_scale: float = 3.0,
+    steps: int = 20,
 ) -> list[Image.Image]:
     """What `sample` generates with a base before alignment, computed once per process for the same arguments.
 
     Args:
         base: As for `load_pipeline`.
-        prompts, seed, guidance_scale, steps: As for `sample`.
+        prompts, images, seed, guidance_scale, steps: As for `sample`.
     """
-    return [image.copy() for image in _sampled_once(base, tuple(prompts), seed, guidance_scale, steps)]
+    sources = None if images is None else tuple(image.convert("RGB").tobytes() for image in images)
+    made = _sampled_once(base, tuple(prompts), sources, seed, guidance_scale, steps)
+    return [image.copy() for image in made]
 
 
 @lru_cache(maxsize=8)
 def _sampled_once(
-    base: str, prompts: tuple[str, ...], seed: int, guidance_scale: float, steps: int
+    base: str,
+    prompts: tuple[str, ...],
+    sources: tuple[bytes, ...] | None,
+    seed: int,
+    guidance_scale: float,
+    steps: int,
 ) -> list[Image.Image]:
-    return sample(load_pipeline(base), prompts, seed=seed, guidance_scale=guidance_scale, steps=steps)
+    images = None
+    if sources is not None:
+        images = [Image.frombytes("RGB", (IMAGE_SIZE, IMAGE_SIZE), pixels) for pixels in sources]
+    return sample(load_pipeline(base), prompts, images=images, seed=seed, guidance_scale=guidance_scale, steps=steps)

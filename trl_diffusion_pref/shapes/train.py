@@ -3,17 +3,17 @@
     python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 
 Stages: the VAE; then text encoder and UNet together on filled shapes only (the `filled_only` base); then a copy of
-that UNet on a mixture with 15 % outlined shapes (the `mixed` base); last, with the same VAE and text encoder, a
-transformer of Stable Diffusion 3's class on the mixture as a rectified flow (the `flow` base). `--stages flow` runs
-the last stage alone, from the `pipeline/` in the output folder. `--save_every` also keeps checkpoints of the second
-and third stage, for experiments that need a base whose training was stopped early.
+that UNet on a mixture with 15 % outlined shapes (the `mixed` base); then, with the same VAE and text encoder, a
+transformer of Stable Diffusion 3's class on the mixture as a rectified flow (the `flow` base); last a copy of the
+mixed base's UNet on edits (the `editing` base). `--stages flow` and `--stages editing` run one of the last two alone,
+from the `pipeline/` in the output folder. `--save_every` also keeps checkpoints of the second and third stage, for
+experiments that need a base whose training was stopped early.
 """
 
 import argparse
 import json
 import string
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -39,15 +38,16 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .drawing import IMAGE_SIZE, draw, prompts, random_scene
+from .drawing import IMAGE_SIZE, prompts, random_scene
 from .pipeline import pipeline_folder
 from .silent_tokens import T5_TOKENS, CountedKey
+from .train_editing import train_editing_unet
+from .training_steps import PROMPT_DROPOUT, as_pixels, minimise
 
 
 OUTLINED_SHARE = 0.15
 _EMBEDDING = 64
 _PROMPT_LENGTH = 16
-_PROMPT_DROPOUT = 0.1
 
 
 def train_tokenizer() -> CLIPTokenizer:
@@ -173,8 +173,7 @@ def build_flow_pipeline(base: StableDiffusionPipeline, seed: int = 0) -> StableD
 def random_drawings(n: int, outlined_share: float, rng: np.random.Generator) -> tuple[torch.Tensor, list[str]]:
     """Random drawings, `(n, 3, IMAGE_SIZE, IMAGE_SIZE)` float32 in [-1, 1], and their captions."""
     scenes = [random_scene(rng, "outlined" if rng.random() < outlined_share else "filled") for _ in range(n)]
-    pixels = np.stack([np.asarray(draw(scene)) for scene in scenes])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0, [scene.prompt for scene in scenes]
+    return as_pixels(scenes), [scene.prompt for scene in scenes]
 
 
 def train_vae(vae: AutoencoderKL, steps: int, batch_size: int = 64) -> None:
@@ -232,7 +231,7 @@ def train_denoiser(
     def loss_of_a_batch() -> Tensor:
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
         ids = input_ids[rows].clone()
-        ids[torch.rand(batch_size, generator=generator) < _PROMPT_DROPOUT] = unconditional
+        ids[torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT] = unconditional
         noise = torch.randn(latents[rows].shape, generator=generator)
         timesteps = torch.randint(pipeline.scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
         with torch.set_grad_enabled(train_text_encoder):
@@ -245,7 +244,7 @@ def train_denoiser(
         if checkpoint_folder:
             pipeline.unet.save_pretrained(checkpoint_folder / f"step-{step}")
 
-    _minimise(loss_of_a_batch, parameters, steps, learning_rate, save_every=save_every, save=save)
+    minimise(loss_of_a_batch, parameters, steps, learning_rate, save_every=save_every, save=save)
 
 
 def train_flow_denoiser(
@@ -275,7 +274,7 @@ def train_flow_denoiser(
 
     def loss_of_a_batch() -> Tensor:
         rows = torch.randint(len(latents), (batch_size,), generator=generator)
-        given = numbers[rows].masked_fill(torch.rand(batch_size, generator=generator) < _PROMPT_DROPOUT, 0)
+        given = numbers[rows].masked_fill(torch.rand(batch_size, generator=generator) < PROMPT_DROPOUT, 0)
         noise = torch.randn(latents[rows].shape, generator=generator)
         times = torch.sigmoid(torch.randn(batch_size, generator=generator))
         noisy = torch.lerp(latents[rows], noise, times.reshape(-1, 1, 1, 1))
@@ -288,39 +287,7 @@ def train_flow_denoiser(
         return (prediction - (noise - latents[rows])).square().mean()
 
     with CountedKey(T5_TOKENS):
-        _minimise(loss_of_a_batch, list(pipeline.transformer.parameters()), steps, learning_rate)
-
-
-def _minimise(
-    loss_of_a_batch: Callable[[], Tensor],
-    parameters: list[nn.Parameter],
-    steps: int,
-    learning_rate: float,
-    *,
-    save_every: int = 0,
-    save: Callable[[int], None] | None = None,
-) -> None:
-    """AdamW with a one-cycle schedule; `save` sees the averaged weights, which also remain at the end."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=steps, pct_start=0.1)
-    average = EMAModel(parameters, decay=0.995, use_ema_warmup=True, power=0.75)
-    started = time.time()
-    for step in range(steps):
-        loss = loss_of_a_batch()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        average.step(parameters)
-        if step % 100 == 0 or step == steps - 1:
-            print(f"denoiser {step} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
-        if save and save_every and (step + 1) % save_every == 0:
-            average.store(parameters)
-            average.copy_to(parameters)
-            save(step + 1)
-            average.restore(parameters)
-    average.copy_to(parameters)
+        minimise(loss_of_a_batch, list(pipeline.transformer.parameters()), steps, learning_rate)
 
 
 def save_half(
@@ -371,21 +338,31 @@ def train_unet_bases(args: argparse.Namespace) -> None:
 
 
 def train_flow_base(args: argparse.Namespace) -> None:
-    """The last stage; reads pipeline/ and writes flow_pipeline/."""
+    """The fourth stage; reads pipeline/ and writes flow_pipeline/."""
     base = StableDiffusionPipeline.from_pretrained(args.output / "pipeline")
     pipeline = build_flow_pipeline(base)
     train_flow_denoiser(pipeline, OUTLINED_SHARE, args.flow_steps, seed=4)
     save_half(pipeline, args.output / "flow_pipeline", ["text_encoder", "text_encoder_2", "text_encoder_3"])
 
 
+def train_editing_base(args: argparse.Namespace) -> None:
+    """The last stage; reads pipeline/ and writes editing_unet/."""
+    base = StableDiffusionPipeline.from_pretrained(args.output / "pipeline")
+    unet = train_editing_unet(base, args.editing_steps, seed=5)
+    unet.to(torch.float16).save_pretrained(args.output / "editing_unet")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pipelines and filled_only_unet/")
-    parser.add_argument("--stages", choices=["all", "unet", "flow"], default="all", help="flow: from its pipeline/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pipelines and the UNets")
+    parser.add_argument(
+        "--stages", choices=["all", "unet", "flow", "editing"], default="all", help="flow, editing: from its pipeline/"
+    )
     parser.add_argument("--vae_steps", type=int, default=700)
     parser.add_argument("--filled_steps", type=int, default=2000)
     parser.add_argument("--mixed_steps", type=int, default=800)
     parser.add_argument("--flow_steps", type=int, default=2200)
+    parser.add_argument("--editing_steps", type=int, default=1800)
     parser.add_argument("--save_every", type=int, default=0, help="also keep the UNet every that many steps; 0: none")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -393,6 +370,8 @@ def main() -> None:
         train_unet_bases(args)
     if args.stages in ("all", "flow"):
         train_flow_base(args)
+    if args.stages in ("all", "editing"):
+        train_editing_base(args)
 
 
 if __name__ == "__main__":
