@@ -54,10 +54,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The page that is made from a table in the code, then the site in docs/_build/html; a warning fails.
+# What is made from tables in the code, then the site in docs/_build/html; a warning fails.
 docs: .venv/installed
 	$(BIN)/python -c "from trl_diffusion_pref.training.recommended import hyperparameters_page as page; print(page(), end='')" \
 		> docs/hyperparameters.md
+	$(BIN)/python docs/_models_page.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d docs/_build/doctrees . docs/_build/html
 
 # The tables in benchmarks/results; not part of CI.
@@ -79,9 +80,10 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/clean_in_style.py
 	$(BIN)/python benchmarks/rounds.py
+	$(BIN)/python benchmarks/edits.py
 	$(BIN)/python benchmarks/comparison_of_equals.py
 
-# Trains the embedded pipelines again, about three quarters of an hour on two cores.
+# Trains the embedded pipelines again, about an hour on two cores.
 weights: .venv/installed
 	$(BIN)/python -m trl_diffusion_pref.shapes.train --output trl_diffusion_pref/shapes/weights
 
