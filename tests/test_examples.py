@@ -84,7 +84,8 @@ def test_a_flow_learns_the_preferred_style_and_keeps_colour_and_shape(method, tm
     StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
 
 
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
 def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(lora, tmp_path, capsys):
     arguments = ["--lora", "--learning_rate", "1e-3"] if lora else []
     pictures = run("self_npo_shapes", "--output_dir", str(tmp_path / "out"), "--max_steps", "60", *arguments)

@@ -16,7 +16,19 @@ from trl_diffusion_pref.families import family_for
 
 
 # These cut in silence.
-SILENT = ("sana", "qwen_image", "wan", "wan_5b", "chroma", "z_image", "hunyuan_video", "hunyuan_video15", "ace_step")
+SILENT = (
+    "sana",
+    "qwen_image",
+    "wan",
+    "wan_5b",
+    "wan_image_to_video",
+    "wan_2_2_image_to_video",
+    "chroma",
+    "z_image",
+    "hunyuan_video",
+    "hunyuan_video15",
+    "ace_step",
+)
 SILENT += tuple(name for name in tiny.CASES if name.startswith("flux2") or name == "kolors")
 # Nothing is cut where the text encoder sees images.
 WITHOUT_LIMIT = ("qwen_image_edit", "qwen_image_edit_plus")

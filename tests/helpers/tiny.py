@@ -827,8 +827,11 @@ CASES = {
     "audioldm2": Case(build_audioldm2, prediction_type="epsilon", size=(), waveform=(1, 2560)),
 }
 
-# Others have these pipelines' families too: what they have in common is tested of them in `make test-all` alone.
+# Others have these pipelines' families too, or even the smallest takes long: what all families share is tested
+# of them in `make test-all` alone.
 VARIANTS = (
+    "hunyuan_video15",
+    "hidream",
     "stable_diffusion_2",
     "stable_diffusion_zero_terminal_snr",
     "stable_diffusion_xl_with_channel_statistics",

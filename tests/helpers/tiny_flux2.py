@@ -59,8 +59,11 @@ _LANGUAGE_MODEL = {
 class TextOnlyProcessor(ProcessorMixin):
     """Pixtral's processor without images, which need torchvision; loaded from folders in its place."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, **options: object) -> None:
-        super().__init__(tokenizer, **options)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None, **options: object
+    ) -> None:
+        # By name: what a folder has is passed on to what the signature names.
+        super().__init__(tokenizer, chat_template=chat_template, **options)
 
 
 TextOnlyProcessor.__name__ = "PixtralProcessor"
