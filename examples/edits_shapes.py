@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> dict[str, EditSummary]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=["mapo", "dpo"], default="mapo")
     parser.add_argument("--output_dir", default="edits-shapes", help="folder for pairs and the tuned pipeline")
-    parser.add_argument("--max_steps", type=int, help="default: 100 for mapo, 200 for dpo")
+    parser.add_argument("--max_steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
 
@@ -38,11 +38,10 @@ def main(argv: list[str] | None = None) -> dict[str, EditSummary]:
         guidance_scale=3.0,
         num_inference_steps=20,
     )
-    steps = options.max_steps or {"mapo": 100, "dpo": 200}[options.method]
-    common = {"output_dir": options.output_dir, "max_steps": steps, "seed": options.seed}
+    common = {"output_dir": options.output_dir, "max_steps": options.max_steps, "seed": options.seed}
     common |= {"per_device_train_batch_size": 32, "activation_checkpointing": False, "save_strategy": "no"}
     if options.method == "mapo":
-        trainer = MaPOTrainer(pipeline, MaPOConfig(**common, learning_rate=2e-4), pairs)
+        trainer = MaPOTrainer(pipeline, MaPOConfig(**common, learning_rate=1e-4), pairs)
     else:
         config = DiffusionDPOConfig(**common, learning_rate=1e-4, beta=500.0, prompt_dropout=0.0)
         trainer = DiffusionDPOTrainer(pipeline, config, pairs)
