@@ -58,8 +58,6 @@ from transformers import (
     Gemma2Model,
     GPT2Config,
     GPT2LMHeadModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     RobertaTokenizer,
     SpeechT5HifiGan,
     SpeechT5HifiGanConfig,
@@ -88,6 +86,7 @@ from helpers.tiny_parts import (
     clip_tokenizer,
     gemma_tokenizer,
     qwen_tokenizer,
+    qwen_vl_text_encoder,
     t5_text_encoder,
     t5_tokenizer,
     umt5_text_encoder,
@@ -269,29 +268,7 @@ def build_sana() -> SanaPipeline:
 
 def build_qwen_image() -> QwenImagePipeline:
     tokenizer = qwen_tokenizer()
-    text_encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": len(tokenizer),
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-                "rope_theta": 1000000.0,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 16,
-            },
-        )
-    )
+    text_encoder = qwen_vl_text_encoder(tokenizer)
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=16,

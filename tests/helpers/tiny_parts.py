@@ -7,6 +7,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
@@ -72,6 +74,37 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     """One token per byte, so that the 34 tokens which the pipeline drops are part of its template."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet())]
     return Qwen2Tokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[])
+
+
+def qwen_vl_text_encoder(
+    tokenizer: Qwen2Tokenizer, vision: dict | None = None, **options
+) -> Qwen2_5_VLForConditionalGeneration:
+    """One layer each of the language model and of what sees images; `vision` are further options of the latter."""
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
+                "rope_theta": 1000000.0,
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                **(vision or {}),
+            },
+            **options,
+        )
+    )
 
 
 def autoencoder_kl(**options) -> AutoencoderKL:

@@ -6,10 +6,11 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
 )
+
+from helpers.tiny_parts import qwen_vl_text_encoder
 
 
 try:
@@ -51,33 +52,13 @@ transformers.Qwen2VLProcessor = ImagesOnlyProcessor
 
 def _text_encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     numbers = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": len(tokenizer),
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-                "rope_theta": 1000000.0,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 16,
-                "fullatt_block_indexes": [0],
-            },
-            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-            video_token_id=len(tokenizer) - 1,
-            vision_start_token_id=numbers["vision_start"],
-            vision_end_token_id=numbers["vision_end"],
-        )
+    return qwen_vl_text_encoder(
+        tokenizer,
+        vision={"fullatt_block_indexes": [0]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=len(tokenizer) - 1,
+        vision_start_token_id=numbers["vision_start"],
+        vision_end_token_id=numbers["vision_end"],
     )
 
 

@@ -150,10 +150,3 @@ def numbered(conditioning: Mapping[str, Tensor], column: str) -> list[Tensor]:
     """The encodings of a column that may have several images, in their order; none where it has none."""
     count = sum(name.startswith(f"{column}/") for name in conditioning)
     return [conditioning[f"{column}/{number}"] for number in range(count)]
-
-
-def area_size(area: int, size: tuple[int, int], step: int) -> tuple[int, int]:
-    """Height and width of about so many pixels in the shape of an image, rounded to multiples of a step."""
-    ratio = size[1] / size[0]
-    width = (area * ratio) ** 0.5
-    return round(width / ratio / step) * step, round(width / step) * step
