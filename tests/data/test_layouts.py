@@ -37,7 +37,8 @@ def test_a_layout_says_which_columns_it_needs_and_where_samples_stand():
     assert ranking.needed == ("prompt", "images", "source", "scores")
     assert ranking.num_samples == 3
     assert ranking.places[1] == "column 'images', number 1" and ranking.places[-1] == "column 'source'"
-    assert ranking.cells({"images": ["a", "b", "c"], "source": "d"}) == ["a", "b", "c", "d"]
+    cells = ranking.cells({"images": ["a", "b", "c"], "source": "d"})
+    assert cells == [(0, "a"), (1, "b"), (2, "c"), (3, "d")]
     place, reason = ranking.problem({"images": ["a", "b"], "source": "d"})
     assert (place, reason) == ("column 'images'", "found a list of 2, wanted a list of 3")
 

@@ -20,6 +20,16 @@ def test_draws_do_not_depend_on_the_batch():
     assert torch.equal(together.posterior_noise[1], torch.cat([one.posterior_noise[1] for one in alone]))
 
 
+def test_samples_with_noise_of_their_own_change_no_other_number():
+    keys, process = [(0, TRAINING, 0, 4, position) for position in range(2)], noise_process(DDPMScheduler())
+    shared = draw_rows(keys, SHAPE, 3, process, torch.device("cpu"))
+    own = draw_rows(keys, SHAPE, 3, process, torch.device("cpu"), own_noise=True)
+    for name in ("timesteps", "noise", "posterior_noise", "uniform"):
+        assert torch.equal(getattr(own, name), getattr(shared, name))
+    assert shared.other_noise is None and own.other_noise.shape == (2, 2, *SHAPE)
+    assert len({noise.numpy().tobytes() for noise in [*own.noise, *own.other_noise.flatten(0, 1)]}) == 6
+
+
 def test_every_part_of_the_key_matters():
     keys = [(0, TRAINING, 0, 0, 0), (1, TRAINING, 0, 0, 0), (0, EVALUATION, 0, 0, 0), (0, TRAINING, 1, 0, 0)]
     keys += [(0, TRAINING, 0, 1, 0), (0, TRAINING, 0, 0, 1), (0, TRAINING, 0)]

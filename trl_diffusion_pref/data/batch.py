@@ -154,13 +154,19 @@ class NoisyBatch:
     conditioning: dict[str, Tensor]
 
 
-def corrupt(batch: Batch, mode: Mode, process: NoiseProcess) -> NoisyBatch:
-    """Corrupts a batch. All samples of a row get the same noise, time and prompt."""
+def corrupt(batch: Batch, mode: Mode, process: NoiseProcess, *, own_noise: bool = False) -> NoisyBatch:
+    """Corrupts a batch. All samples of a row get the same noise, time and prompt.
+
+    Args:
+        own_noise: Gives each sample its own noise, the first of a row the one that all would get.
+    """
     mean = batch.posterior.mean
     process = process.sized(tuple(mean.shape[2:]))
-    draws = draw_rows(mode.keys, tuple(mean.shape[2:]), len(mean), process, mean.device)
+    draws = draw_rows(mode.keys, tuple(mean.shape[2:]), len(mean), process, mean.device, own_noise=own_noise)
     x0 = batch.posterior.at(draws.posterior_noise if mode.sample_posterior else None).flatten(0, 1)
     noise = draws.noise.repeat(len(mean), *[1] * (draws.noise.ndim - 1))
+    if draws.other_noise is not None:
+        noise = torch.cat([draws.noise, draws.other_noise.flatten(0, 1)])
     t = draws.timesteps.repeat(len(mean))
     conditioning = with_dropout(batch.conditioning(), draws.uniform.repeat(len(mean)), mode, batch)
     return NoisyBatch(process.corrupt(x0, noise, t), process.model_time(t), process.target(x0, noise, t), conditioning)

@@ -200,21 +200,20 @@ def _read(
     shapes = np.zeros((len(rows), len(layout.places), 2), dtype=np.int32)
     problems: list[RowProblem] = []
 
-    def read(cells: dict[str, Any]) -> tuple[bytes, list[Size | None], list[tuple[str, CellProblem]]]:
+    def read(cells: dict[str, Any]) -> tuple[bytes, dict[int, Size | None], list[tuple[str, CellProblem]]]:
         if layout.problem(cells):
             # The error comes when the row is decoded.
-            return key_of("wrong number"), [], []
-        parts, found, wrong = [], [], []
-        # A list of condition images may be shorter than its places.
-        for place, cell in zip(layout.places, layout.cells(cells), strict=False):
+            return key_of("wrong number"), {}, []
+        parts, found, wrong = [], {}, []
+        for number, cell in layout.cells(cells):
             url, size = _url(cell), None
             try:
                 content = read_cell(cell) if url is None or sizes == "all" else None
                 parts.append(cell_key(content) if url is None else key_of("url", url))
                 size = image_size(content) if sizes != "none" else None
             except CellProblem as problem:
-                wrong.append((place, problem))
-            found.append(size)
+                wrong.append((layout.places[number], problem))
+            found[number] = size
         return key_of(*parts), found, wrong
 
     bar = tqdm(total=len(rows), desc=f"Reading {label}", unit="row", delay=2, disable=not _shows_bars())
@@ -223,7 +222,7 @@ def _read(
             for row, (key, found, wrong) in zip(positions, pool.map(read, batch), strict=True):
                 if not wrong:
                     keys[row - rows.start : row - rows.start + 1] = as_keys([key])
-                for index, size in enumerate(found):
+                for index, size in found.items():
                     shapes[row - rows.start, index] = size or (0, 0)
                 problems += [RowProblem(row, place, str(problem), problem.kind) for place, problem in wrong]
             bar.update(len(positions))

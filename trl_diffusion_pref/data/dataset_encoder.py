@@ -20,11 +20,12 @@ from .encoded import LIBRARIES, EncodedDataset
 from .encoders import Encoders
 from .layouts import Layout, captions_of, column_names, labelled_datasets, prompt_problems, scalar_problems
 from .options import EncodingOptions
-from .pair_source import PairSource
+from .pair_source import RowSource
 from .preparation import preparation_for
 from .prompts import PromptTable, encode_prompt_table, truncation_report
 from .samples import EncodedSamples, SampleEncoder
 from .shards import key_of
+from .stored import list_lengths
 from .streams import EncodedStream
 
 
@@ -118,14 +119,14 @@ class DatasetEncoder:
         train_dataset: Any,
         eval_dataset: Any,
         device: torch.device,
-        sources: Mapping[str, PairSource] | None = None,
+        sources: Mapping[str, RowSource] | None = None,
     ) -> tuple[Any, Any]:
         """A training data set, and none, one or several by name for evaluation, encoded on a device.
 
         The encoders are then back where they were, except where a stream needs them on the device.
 
         Args:
-            sources: Of which data sets pairs were made, by what messages call them.
+            sources: What rows were made of, if they are not the data set's own, by what messages call it.
         """
         sources = sources or {}
         evaluation = dict(labelled_datasets(eval_dataset))
@@ -182,7 +183,7 @@ class DatasetEncoder:
 
     # ---- Encoding ------------------------------------------------------------------------------------------------
 
-    def encode(self, dataset: Any, label: str, source: PairSource | None = None) -> Any:
+    def encode(self, dataset: Any, label: str, source: RowSource | None = None) -> Any:
         """Encodes every row, or finds it in the cache; a stream is encoded whenever its rows are read.
 
         A row is found by the content of its samples, whatever its position and its other columns are. What else
@@ -191,7 +192,7 @@ class DatasetEncoder:
         Args:
             dataset: With the layout's columns; or one that is encoded, perhaps on another machine, which must fit.
             label: How messages call the data set.
-            source: Of which rows its pairs were made, if they are not its own.
+            source: What its rows were made of, if they are not the user's own.
 
         Raises:
             ValueError: Rows cannot be used; the message names the first ten by row and column, and counts them by
@@ -213,10 +214,13 @@ class DatasetEncoder:
             return EncodedStream(undecoded, self.samples.row_encoder(0), label, scalars)
         # Prompts and numbers are cheap to read, so all are checked before hours of encoding.
         problems, count, samples = prompt_problems(dataset["prompt"]), len(dataset), None
-        problems += scalar_problems({name: dataset[name] for name in scalars}, self.layout)
+        several = bool(scalars) and self.layout.fewest_per_cell is not None
+        lengths = list_lengths(dataset, self.layout.samples[0], label) if several else None
+        problems += scalar_problems({name: dataset[name] for name in scalars}, self.layout, lengths)
         if self.layout.places:
             other = [*problems, *(source.problems if source is not None else ())]
-            samples = self.samples.encode(undecoded, label, [problem.row for problem in problems], bool(other))
+            stops = any(map(self.options.bad_rows.stops, other))
+            samples = self.samples.encode(undecoded, label, [problem.row for problem in problems], stops)
             problems += samples.problems
         if source is None:
             left_out = self.options.bad_rows.apply(problems, count, label)
@@ -238,7 +242,7 @@ class DatasetEncoder:
         numbers, first_captions, content = self._captions(dataset, good)
         # Others may have no numbers there.
         kept = dataset.select(good) if scalars and len(good) < len(dataset) else dataset
-        columns = {name: np.asarray(kept[name], dtype=np.float32) for name in scalars}
+        columns = {name: self._numbers(kept[name]) for name in scalars}
         record = self.record()
         parts: list[Any] = [good.tobytes(), content, record]
         parts += [part for name, column in sorted(columns.items()) for part in (name, column.tobytes())]
@@ -267,6 +271,15 @@ class DatasetEncoder:
             left_out=left_out,
             seed=self.options.seed,
         )
+
+    def _numbers(self, cells: Sequence[Any]) -> np.ndarray:
+        """A column of numbers, `(N,)` or `(N, S)` float32; NaN where a row has fewer than S samples."""
+        if self.layout.fewest_per_cell is None:
+            return np.asarray(cells, dtype=np.float32)
+        numbers = np.full((len(cells), self.layout.num_samples), np.nan, dtype=np.float32)
+        for row, cell in enumerate(cells):
+            numbers[row, : len(cell)] = cell
+        return numbers
 
     def record(self) -> dict[str, Any]:
         """What decides the values of rows, the data aside, by name; JSON."""

@@ -87,7 +87,10 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
         row, (first, end) = int(self.rows[index]), self.first_captions[index : index + 2].tolist()
         first += caption_number(end - first, self.seed, row, int(self._epoch))
         values: dict[str, Any] = {} if self.samples is None else self.samples.read(self.places[index])
-        values |= {SCALAR + name: torch.as_tensor(column[index]) for name, column in self.scalars.items()}
+        for name, column in self.scalars.items():
+            numbers = torch.as_tensor(column[index])
+            # Of rankings, as many as the row has samples.
+            values[SCALAR + name] = numbers[: len(values[MEAN])] if numbers.ndim else numbers
         return {"row": row, PROMPT_NUMBER: int(self.captions[first]), **values}
 
     def subset(self, indices: np.ndarray) -> "EncodedDataset":
@@ -111,6 +114,14 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
             return {}
         firsts = {bucket: int(np.argmax(self.buckets == bucket)) for bucket in np.unique(self.buckets).tolist()}
         return {bucket: self.samples.shapes(self.places[row])[MEAN][1:] for bucket, row in firsts.items()}
+
+    @property
+    def most_samples(self) -> int:
+        """Samples of the row that has most."""
+        if self.samples is None:
+            return 0
+        firsts = [int(np.argmax(self.buckets == bucket)) for bucket in np.unique(self.buckets).tolist()]
+        return max(self.samples.shapes(self.places[row])[MEAN][0] for row in firsts)
 
     # ---- For another machine -------------------------------------------------------------------------------------
 

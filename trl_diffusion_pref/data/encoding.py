@@ -81,7 +81,8 @@ class RowEncoder:
             )
 
         rows = [row.row for row in prepared]
-        for index, place in enumerate(layout.places[: layout.num_samples]):
+        # Rows that are encoded together have equally many samples.
+        for index, place in enumerate(layout.places[: len(prepared[0].samples)]):
             pixels = torch.stack([row.samples[index] for row in prepared])
             moments.append(self.family.encode_samples(self.pipeline, pixels))
             check(moments[-1], rows, place)
@@ -95,7 +96,7 @@ class RowEncoder:
         encoded = []
         for number, row in enumerate(prepared):
             tensors: dict[str, Tensor] = {}
-            if layout.num_samples:
+            if moments:
                 tensors[MEAN] = torch.stack([mean[number] for mean, _ in moments])
                 if self.options.keep_std:
                     tensors[STD] = torch.stack([std[number] for _, std in moments])
@@ -149,8 +150,8 @@ class RowEncoder:
         decoded: list[Any] = []
         images: list[Image] = []
         notes: dict[str, str] = {}
-        # A list of condition images may be shorter than its places.
-        for index, (place, cell) in enumerate(zip(layout.places, layout.cells(cells), strict=False)):
+        for index, cell in layout.cells(cells):
+            place = layout.places[index]
             try:
                 if index < layout.num_samples:
                     decoded.append(preparation.decode(cell))
@@ -167,7 +168,8 @@ class RowEncoder:
                 problems.append(RowProblem(row, place, str(error), error.kind))
         # Those of stored data sets are known from headers already; not those of streams and behind URLs.
         if not problems and (shown := [*decoded, *images]) and all(isinstance(item, Image) for item in shown):
-            sizes = np.asarray([[item.size for item in shown]], dtype=np.int32)
+            sizes = np.zeros((1, len(layout.places), 2), dtype=np.int32)
+            sizes[0, [number for number, _ in layout.cells(cells)]] = [item.size for item in shown]
             problems = [
                 replace(found, row=row) for found in shape_problems(sizes, layout, self.options.bad_rows, None)
             ]

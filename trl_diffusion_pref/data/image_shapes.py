@@ -19,7 +19,11 @@ _NOTEWORTHY_CROP = 0.25
 
 
 def shape_problems(
-    sizes: np.ndarray, layout: Layout, policy: BadRowPolicy, buckets: BucketOptions | None
+    sizes: np.ndarray,
+    layout: Layout,
+    policy: BadRowPolicy,
+    buckets: BucketOptions | None,
+    lengths: np.ndarray | None = None,
 ) -> list[RowProblem]:
     """Images that are too small or too thin, masks of another size, rows whose samples differ too much in shape.
 
@@ -27,9 +31,13 @@ def shape_problems(
         sizes: `(N, M, 2)` widths and heights in pixels of each row's images as they are shown, samples first; 0 where
             they are not known.
         buckets: None without.
+        lengths: `(N,)`, how many samples each row has. Default: as many as the layout has places.
     """
     sizes, count, problems = sizes.astype(np.int64), layout.num_samples, []
     known: np.ndarray = np.all(sizes > 0, axis=2)
+    there = np.ones_like(known)
+    if lengths is not None:
+        there[:, :count] = np.arange(count) < lengths[:, None]
     short, long = sizes.min(axis=2), sizes.max(axis=2)
 
     def report(wrong: np.ndarray, allowed: str, kind: str) -> None:
@@ -53,12 +61,14 @@ def shape_problems(
             )
             problems.append(RowProblem(row, layout.places[mask], reason, "different sizes"))
     if buckets is not None and count > 1 and buckets.on_aspect_difference != "crop":
-        rows = np.flatnonzero(known[:, :count].all(axis=1))
-        differences = aspect_differences(sizes[rows, :count])
+        rows = np.flatnonzero((known | ~there)[:, :count].all(axis=1))
+        filled = np.where(there[:, :, None], sizes, sizes[:, :1])
+        differences = aspect_differences(filled[rows, :count])
         for row in rows[differences > buckets.max_aspect_difference].tolist():
-            shapes = " and ".join(f"{width}x{height}" for width, height in sizes[row, :count].tolist())
+            of_row = sizes[row, :count][there[row, :count]]
+            shapes = " and ".join(f"{width}x{height}" for width, height in of_row.tolist())
             reason = f"images of {shapes} pixels; max_aspect_difference is {buckets.max_aspect_difference:g}"
-            places = " and ".join(layout.places[:count])
+            places = " and ".join(layout.places[: len(of_row)])
             problems.append(RowProblem(row, places, reason, "different shapes", buckets.on_aspect_difference))
     return problems
 

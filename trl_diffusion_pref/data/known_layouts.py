@@ -320,9 +320,9 @@ def _unknown_layout(columns: Sequence[str], label: str, column_map: Mapping[str,
     single = next((votes for votes in _SINGLE_VOTES if votes <= set(columns)), None)
     if single is not None and not column_map:
         return (
-            f"{label} has one sample and what was said of it in each row ({', '.join(sorted(single))}), as "
-            "Diffusion-KTO's data have. Pairs need two samples of one prompt in each row (prompt, chosen, rejected), "
-            "or a list of samples with scores; no trainer of this package learns from single votes."
+            f"{label} has one sample and what was said of it in each row ({', '.join(sorted(single))}). Pairs need "
+            "two samples of one prompt in each row (prompt, chosen, rejected), or a list of samples with scores. "
+            "DiffusionKTOTrainer learns from single votes, FlowRWRTrainer from rewards."
         )
 
     def share_found(layout: KnownLayout) -> float:

@@ -42,7 +42,10 @@ class Layout:
     Args:
         samples: Columns of what the pipeline generates, encoded by the VAE: ("chosen", "rejected"), or ("image",).
             They are the first axis of a batch's latents, in this order.
-        samples_per_cell: For rankings: `samples` is then one column, and each of its cells a list of so many samples.
+        samples_per_cell: For rankings: `samples` is then one column, and each of its cells a list of so many samples,
+            or of at most so many.
+        fewest_per_cell: For rankings of several lengths: how many samples a cell must have; None if all have
+            `samples_per_cell`. The rows of one batch have one length.
         conditions: Columns of images that the model is conditioned on, shared by the row's samples.
         mask: The one of `conditions` that is a mask of the one before it, and has its size; None without.
         images_per_cell: How many images a cell of the last of them may have: above 1, one image or a list.
@@ -54,6 +57,7 @@ class Layout:
 
     samples: tuple[str, ...] = ()
     samples_per_cell: int | None = None
+    fewest_per_cell: int | None = None
     conditions: tuple[str, ...] = ()
     mask: str | None = None
     images_per_cell: int = 1
@@ -68,8 +72,13 @@ class Layout:
 
     @property
     def num_samples(self) -> int:
-        """Samples of a row."""
+        """Samples that a row has at most."""
         return len(self.samples) * (self.samples_per_cell or 1)
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether rows are pairs of chosen and rejected."""
+        return self.samples == PAIRS.samples
 
     def conditioned_on(self, family: Family, columns: Sequence[str] | None = None) -> "Layout":
         """The same with the columns of condition images that a family's pipelines take; unchanged if they take none.
@@ -120,15 +129,15 @@ class Layout:
         *others, last = self.conditions
         return [*others, *(f"{last}/{number}" for number in range(self.images_per_cell))]
 
-    def cells(self, row: dict[str, Any]) -> list[Any]:
-        """A row's samples, then its condition images, in the order of `places`; the last ones may be missing."""
+    def cells(self, row: dict[str, Any]) -> list[tuple[int, Any]]:
+        """A row's samples, then its condition images, each with its number in `places`."""
         samples = [row[name] for name in self.samples]
         conditions = [row[name] for name in self.conditions]
         if self.samples_per_cell is not None:
             samples = list(row[self.samples[0]])
         if self.images_per_cell > 1 and isinstance(conditions[-1], (list, tuple)):
             conditions = [*conditions[:-1], *conditions[-1]]
-        return samples + conditions
+        return [*enumerate(samples), *enumerate(conditions, start=self.num_samples)]
 
     def problem(self, row: dict[str, Any]) -> tuple[str, str] | None:
         """Where a row's cell has a number of samples or condition images that it may not have; or None."""
@@ -137,14 +146,22 @@ class Layout:
                 message = f"found {len(cell)} images, and the pipeline takes 1 to {self.images_per_cell}"
                 return f"column '{self.conditions[-1]}'", message
         for column in self.samples if self.samples_per_cell is not None else ():
-            found = len(row[column]) if isinstance(row[column], (list, tuple)) else None
-            if found != self.samples_per_cell:
+            found, most = len(row[column]) if isinstance(row[column], (list, tuple)) else None, self.num_samples
+            least = most if self.fewest_per_cell is None else self.fewest_per_cell
+            if found is None or not least <= found <= most:
                 what = f"a list of {found}" if found is not None else f"a {type(row[column]).__name__}"
-                return f"column '{column}'", f"found {what}, wanted a list of {self.samples_per_cell}"
+                wanted = f"{least}" if least == most else f"{least} to {most}"
+                return f"column '{column}'", f"found {what}, wanted a list of {wanted}"
         return None
 
 
 PAIRS = Layout(samples=("chosen", "rejected"))
+
+
+def sample_column(family: Family) -> str:
+    """The column of single samples: what the pipeline generates, or "edited_image" where "image" is what it edits."""
+    edits = family.modality in family.condition_images
+    return f"edited_{family.modality}" if edits else family.modality
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -222,7 +239,10 @@ def with_condition_column(dataset: Any, family: Family) -> Any:
     if family.max_condition_images == 1 or not isinstance(dataset, (Dataset, IterableDataset)):
         return dataset
     column, columns = family.condition_images[-1], column_names(dataset)
-    return dataset.rename_column("images", column) if "images" in columns and column not in columns else dataset
+    # Beside scores or ranks they are the samples of rankings.
+    ranked = any(name == "ranks" or name.split("/")[0] == "scores" for name in columns)
+    found = "images" in columns and column not in columns and not ranked
+    return dataset.rename_column("images", column) if found else dataset
 
 
 def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout: Layout, family: Family) -> None:
@@ -265,11 +285,14 @@ def captions_of(cell: Any) -> list[str]:
     return [caption for caption in captions if isinstance(caption, str)]
 
 
-def scalar_problems(columns: Mapping[str, Sequence[Any]], layout: Layout) -> list[RowProblem]:
+def scalar_problems(
+    columns: Mapping[str, Sequence[Any]], layout: Layout, lengths: Sequence[int] | np.ndarray | None = None
+) -> list[RowProblem]:
     """Numbers that are missing, no numbers, not finite, out of their range, or too few, with their rows from 0.
 
     Args:
         columns: The cells of the layout's columns of numbers.
+        lengths: How many samples each row has, where rows have several numbers of them.
     """
     problems, per_sample = [], layout.samples_per_cell
     for column, cells in columns.items():
@@ -278,9 +301,10 @@ def scalar_problems(columns: Mapping[str, Sequence[Any]], layout: Layout) -> lis
             if per_sample is None:
                 reason = _problem_of_number(cell, allowed)
             elif not isinstance(cell, (list, tuple, np.ndarray)):
-                reason = f"is {_shown(cell)}, not a list of {per_sample} numbers"
-            elif len(cell) != per_sample:
-                reason = f"has {len(cell)} numbers for {per_sample} samples"
+                count = per_sample if layout.fewest_per_cell is None else "so many"
+                reason = f"is {_shown(cell)}, not a list of {count} numbers"
+            elif len(cell) != (found := per_sample if lengths is None else lengths[row]):
+                reason = f"has {len(cell)} numbers for {found} samples"
             else:
                 reason = next(filter(None, (_problem_of_number(value, allowed) for value in cell)), None)
             if reason is not None:

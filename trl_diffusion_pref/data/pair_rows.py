@@ -12,6 +12,7 @@ from datasets.fingerprint import Hasher
 from .decode.cell import undecoded_feature
 from .known_layouts import PAIRS_LAYOUT, Match
 from .layouts import column_names, dataset_fingerprint
+from .stored import stored_rows, whole_table
 
 
 # How many rows with lists of samples, or of a stream, are in memory at once.
@@ -36,16 +37,6 @@ class PairTable:
     chosen: np.ndarray
     rejected: np.ndarray
     soft_labels: np.ndarray | None
-
-
-def stored_rows(dataset: Dataset) -> np.ndarray:
-    """`(N,)` int64: the row of `dataset.data` that each row is.
-
-    `select`, `shuffle` and others keep the table and make such a mapping; `datasets` has no public name for it.
-    """
-    if dataset._indices is None:
-        return np.arange(len(dataset))
-    return dataset._indices.column(0).to_numpy().astype(np.int64)
 
 
 def build_pairs(dataset: Dataset, match: Match, table: PairTable, label: str) -> Dataset:
@@ -76,14 +67,7 @@ def _from_columns(dataset: Dataset, match: Match, table: PairTable, label: str) 
             f"{label}: the columns {match.samples[0]} ({first}) and {match.samples[1]} ({second}) have different "
             "types. Give them the same one: dataset.cast_column."
         )
-    stored = stored_rows(dataset)
-    # The whole table, since a column cannot be added to a selection without copying it.
-    whole = Dataset(
-        dataset.data,
-        info=dataset.info.copy(),
-        split=dataset.split,
-        fingerprint=Hasher.hash([dataset_fingerprint(dataset), "all rows"]),
-    )
+    stored, whole = stored_rows(dataset), whole_table(dataset)
     parts, positions = [], []
     for chosen in (0, 1):
         position = np.flatnonzero(table.chosen == chosen)
@@ -211,7 +195,7 @@ class _StreamPairs:
         return made
 
 
-def _undecoded(dataset: IterableDataset, columns: Sequence[str]) -> IterableDataset:
+def undecoded_stream(dataset: IterableDataset, columns: Sequence[str]) -> IterableDataset:
     """A stream with media as bytes or paths."""
     for column in columns:
         wanted = undecoded_feature(dataset.features[column])
@@ -235,7 +219,7 @@ def stream_pairs(dataset: IterableDataset, match: Match, make_rows: MakeRows, so
         kept["image"] = match.condition
     features = None
     if dataset.features is not None:
-        dataset = _undecoded(dataset, [*match.media, *kept.values()])
+        dataset = undecoded_stream(dataset, [*match.media, *kept.values()])
         sample = dataset.features[match.samples[0]]
         sample = _element(sample) if match.layout.shape == "list" else sample
         features = Features({"prompt": dataset.features[match.prompt]})

@@ -3,10 +3,29 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from .bad_rows import RowProblem
 from .known_layouts import Match
 from .pair_rows import PairTable
+
+
+class RowSource(Protocol):
+    """The data set that the rows of a layout were made of.
+
+    Attributes:
+        rows: How many rows it has.
+        problems: Those of its rows of which nothing was made.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def problems(self) -> Sequence[RowProblem]: ...
+
+    def all_problems(self, of_rows: list[RowProblem]) -> list[RowProblem]:
+        """Its own problems, and those of the rows that were made, by its rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +62,12 @@ class PairSource:
                 row, names[name] = number, f"'{match.samples[0]}'"
             else:
                 names[name] = f"'{match.samples[0]}' of row {number}"
-        return replace(problem, row=row, place=_renamed(problem.place, names))
+        return replace(problem, row=row, place=renamed(problem.place, names))
 
     def all_problems(self, of_pairs: Sequence[RowProblem]) -> list[RowProblem]:
         """Problems of pairs and of labels, by the rows of the data set."""
         return [*self.problems, *map(self.named, of_pairs)]
 
 
-def _renamed(place: str, names: Mapping[str, str]) -> str:
+def renamed(place: str, names: Mapping[str, str]) -> str:
     return re.sub(r"'([^']*)'", lambda quoted: names.get(quoted[1], quoted[0]), place)

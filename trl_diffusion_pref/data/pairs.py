@@ -9,17 +9,16 @@ from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from .bad_rows import RowProblem
 from .known_layouts import PAIRS_LAYOUT, Match, recognise_layout
 from .layouts import column_names
 from .pair_options import DEFAULT_OPTIONS, PairOptions, PairReport
-from .pair_rows import PairTable, build_pairs, stored_rows, stream_pairs
+from .pair_rows import PairTable, build_pairs, stream_pairs
 from .pair_source import PairSource
 from .preference_labels import Cells, LabelProblem, Scores
+from .stored import list_lengths
 
 
 logger = logging.getLogger(__name__)
@@ -265,7 +264,7 @@ def plan_pairs(
     layout, counts, problems = match.layout, Counter[str](), []
     lengths: Sequence[int] | np.ndarray = [len(layout.samples)] * len(dataset)
     if layout.shape == "list":
-        lengths = _list_lengths(dataset, match.samples[0], label)
+        lengths = list_lengths(dataset, match.samples[0], label)
     rankings: dict[Any, tuple[list[int], list[float], object]] = {}
     pairs: list[tuple[int, Pair]] = []
     for row, cells in enumerate(_label_cells(dataset, match)):
@@ -313,17 +312,6 @@ def _label_cells(dataset: Dataset, match: Match) -> Iterator[Cells]:
     for batch in dataset.with_format(None).select_columns([*set(columns.values())]).iter(batch_size=1000):
         for values in zip(*(batch[column] for column in columns.values()), strict=True):
             yield dict(zip(columns, values, strict=True))
-
-
-def _list_lengths(dataset: Dataset, column: str, label: str) -> np.ndarray:
-    """How many samples each row has, without reading them."""
-    cells = dataset.data.column(column)
-    if not (
-        pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type) or pa.types.is_fixed_size_list(cells.type)
-    ):
-        raise ValueError(f"{label}, column '{column}': holds {dataset.features[column]}, not lists of samples.")
-    lengths = pc.fill_null(pc.list_value_length(cells), 0).to_numpy()
-    return lengths[stored_rows(dataset)]
 
 
 # ---- Streams -----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from .options import EncodingOptions
 from .preparation import ImagePreparation, Preparation
 from .prompts import text_record
 from .shards import ShardedTensors, as_keys, key_of
+from .stored import lengths_of_rows
 
 
 logger = logging.getLogger(__name__)
@@ -119,9 +120,13 @@ class SampleEncoder:
             # What the options leave to the pipeline is in its config, not in its weights.
             "resolution": [list(size) for size in self.sizes] if self.sizes else list(preparation.shape[1:]),
             "prepared as": [self.family.modality, preparation.shape[0], *preparation.key],
-            "samples": [*self.layout.samples, self.layout.samples_per_cell or 1],
+            "samples": [*self.layout.samples, self._per_cell],
             **self._conditions_record(),
         }
+
+    @property
+    def _per_cell(self) -> int | str:
+        return "several" if self.layout.fewest_per_cell is not None else self.layout.samples_per_cell or 1
 
     def _conditions_record(self) -> dict[str, Any]:
         record: dict[str, Any] = {"conditions": list(self.layout.conditions)}
@@ -142,11 +147,12 @@ class SampleEncoder:
             *(("prompt",) if self.layout.conditions and self.family.prompts_see_images else ()),
         )
 
-    def bytes_per_row(self) -> int:
-        """Bytes that one row takes on disk."""
+    def bytes_per_row(self, samples: int | None = None) -> int:
+        """Bytes that a row takes on disk, of so many samples in a cell where cells have several numbers of them."""
         of_sample = {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
         conditions = self.family.condition_shapes(self.pipeline, self.layout.condition_names, self.preparation.shape)
-        options: Any = {"layout": self.layout, "options": self.options, "encoder": self.pipeline.vae.dtype}
+        layout = self.layout if samples is None else replace(self.layout, samples_per_cell=samples)
+        options: Any = {"layout": layout, "options": self.options, "encoder": self.pipeline.vae.dtype}
         return row_bytes(self.latent_shape, of_sample, conditions, **options)
 
     def encode(self, undecoded: Dataset, label: str, bad: Sequence[int], found_bad: bool) -> EncodedSamples:
@@ -165,14 +171,17 @@ class SampleEncoder:
         own_sizes = bool(self.layout.conditions) and self.family.own_condition_sizes
         wanted: Literal["none", "local", "all"] = "all" if self.sizes or own_sizes else "local" if is_image else "none"
         contents = contents_of(undecoded, self.layout, label, self.cache_folder, sizes=wanted)
-        problems = list(contents.problems)
+        problems, lengths = list(contents.problems), lengths_of_rows(undecoded, self.layout, label)
         if is_image:
             several = self.options.buckets if self.sizes else None
-            problems += shape_problems(contents.sizes, self.layout, self.options.bad_rows, several)
+            problems += shape_problems(contents.sizes, self.layout, self.options.bad_rows, several, lengths)
         good = np.setdiff1d(np.arange(count), [*bad, *(problem.row for problem in problems)])
         buckets = np.zeros(count, dtype=np.int16)
         if self.sizes:
             of_samples = contents.sizes[:, : self.layout.num_samples]
+            # Where a row has fewer, its first one stands in.
+            missing = np.arange(self.layout.num_samples) >= lengths[:, None]
+            of_samples = np.where(missing[:, :, None], of_samples[:, :1], of_samples)
             known = good[(of_samples[good] > 0).all(axis=(1, 2))]
             buckets[known] = assign(of_samples[known], self.sizes)
         reported = None
@@ -186,6 +195,8 @@ class SampleEncoder:
         sizes, of_samples_alone = self.sizes, buckets
         if own_sizes:
             buckets, sizes = self._by_condition_sizes(contents.sizes[:, self.layout.num_samples :], buckets, good)
+        if self.layout.fewest_per_cell is not None:
+            buckets, sizes = self._by_length(lengths, buckets, sizes, good)
         shards = ShardedTensors(self.cache_folder / f"samples-{key_of(self.record()).hex()}")
         policy = self.options.bad_rows
         stop = policy.on_bad_row == "raise"
@@ -193,7 +204,10 @@ class SampleEncoder:
             missing = good[shards.locate(keys[good])[:, 0] < 0]
             found = self._problems_of(undecoded, missing, of_samples_alone)
         else:
-            bytes_per_row = self.bytes_per_row()
+            mean = (
+                round(float(lengths[good].mean())) if self.layout.fewest_per_cell is not None and len(good) else None
+            )
+            bytes_per_row = self.bytes_per_row(mean)
             size = rows_per_shard(bytes_per_row, self.batch_size)
             share = _ShardEncoder(self, undecoded, of_samples_alone, stop=stop)
             options: dict[str, Any] = {"label": label, "bytes_per_row": bytes_per_row}
@@ -236,6 +250,16 @@ class SampleEncoder:
             return divided, []
         height, width = self.preparation.shape[-2:]
         return divided, [self.sizes[bucket] if self.sizes else (height, width) for bucket, *_ in numbers]
+
+    def _by_length(
+        self, lengths: np.ndarray, buckets: np.ndarray, sizes: list[tuple[int, int]], rows: np.ndarray
+    ) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Buckets divided by the number of samples of their rows, and the size of the samples in each, if there are
+        several sizes."""
+        kinds, of_row = np.unique(np.stack([buckets[rows], lengths[rows]], axis=1), axis=0, return_inverse=True)
+        divided = np.zeros(len(buckets), dtype=np.int32)
+        divided[rows] = of_row.reshape(-1)
+        return divided, [sizes[bucket] for bucket, _ in kinds.tolist()] if sizes else []
 
     def _row_keys(self, contents: np.ndarray, buckets: np.ndarray, undecoded: Dataset) -> np.ndarray:
         """Of each row: its content, its size with buckets, its draws where there are any, and a seen prompt."""

@@ -15,7 +15,7 @@ from .noise import NoiseProcess
 
 
 # What a sequence of numbers is for: the second entry of a key.
-TRAINING, EVALUATION, REFERENCE, LIKELIHOOD, ORDER, CAPTION = range(6)
+TRAINING, EVALUATION, REFERENCE, LIKELIHOOD, ORDER, CAPTION, ROLLOUT = range(7)
 SampleKey = tuple[int, ...]
 
 
@@ -44,13 +44,15 @@ class RowDraws:
 
     Args:
         timesteps: `(B,)`, shared by the samples of a row.
-        noise: `(B, ...)`, shared likewise.
+        noise: `(B, ...)`, shared likewise, or the first sample's where each has its own.
+        other_noise: `(S - 1, B, ...)`, the others'; None where it is shared.
         posterior_noise: `(S, B, ...)`, for the posterior sample of each.
         uniform: `(B,)` in [0, 1), decides prompt dropout.
     """
 
     timesteps: Tensor
     noise: Tensor
+    other_noise: Tensor | None
     posterior_noise: Tensor
     uniform: Tensor
 
@@ -61,18 +63,33 @@ def draw_rows(
     num_samples: int,
     process: NoiseProcess,
     device: torch.device,
+    *,
+    own_noise: bool = False,
 ) -> RowDraws:
-    """Draws for one batch, row i from `generator_for(*keys[i])`."""
-    timesteps, noise, posterior_noise, uniform = [], [], [], []
+    """Draws for one batch, row i from `generator_for(*keys[i])`.
+
+    Args:
+        own_noise: Whether each of the S samples has its own noise.
+    """
+    timesteps, noise, other_noise, posterior_noise, uniform = [], [], [], [], []
     for key in keys:
         generator = generator_for(*key)
         timesteps.append(process.sample_timesteps(1, generator))
         noise.append(torch.randn(latent_shape, generator=generator))
         posterior_noise.append([torch.randn(latent_shape, generator=generator) for _ in range(num_samples)])
         uniform.append(torch.rand(1, generator=generator))
+        # Last, so that all other numbers are those of shared noise.
+        others = num_samples - 1 if own_noise else 0
+        other_noise.append([torch.randn(latent_shape, generator=generator) for _ in range(others)])
     return RowDraws(
         timesteps=torch.cat(timesteps).to(device),
         noise=torch.stack(noise).to(device),
-        posterior_noise=torch.stack([torch.stack(sample) for sample in zip(*posterior_noise, strict=True)]).to(device),
+        other_noise=_samples_first(other_noise).to(device) if own_noise and num_samples > 1 else None,
+        posterior_noise=_samples_first(posterior_noise).to(device),
         uniform=torch.cat(uniform).to(device),
     )
+
+
+def _samples_first(of_rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`(S, B, ...)` from the samples of each row."""
+    return torch.stack([torch.stack(sample) for sample in zip(*of_rows, strict=True)])

@@ -116,6 +116,10 @@ class NoiseProcess(ABC):
     def model_time(self, t: Tensor) -> Tensor:
         """The `timestep` argument that the denoiser gets for times t."""
 
+    def time_of(self, model_time: Tensor) -> Tensor:
+        """The inverse of `model_time`, up to rounding. Default: the denoiser gets the times themselves."""
+        return model_time
+
     def time_fraction(self, model_time: Tensor) -> Tensor:
         """Where the denoiser's timesteps lie between the first, 0, and the noisiest, 1; `(B,)` float32."""
         return model_time.float() / self.num_train_timesteps

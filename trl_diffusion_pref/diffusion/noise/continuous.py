@@ -171,6 +171,9 @@ class RectifiedFlow(ContinuousTimes):
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.num_train_timesteps
 
+    def time_of(self, model_time: Tensor) -> Tensor:
+        return model_time / self.num_train_timesteps
+
 
 class ContinuousVariancePreserving(ContinuousTimes):
     """x_t = cos(pi t / 2) x0 + sin(pi t / 2) noise, target v = alpha noise - sigma x0, t in [0, 1].
