@@ -6,15 +6,15 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 
 from .algorithms import trainer_of
-from .data import PAIRS, EncodedDataset, Encoders, Layout
+from .algorithms.mapo.trainer import MaPOTrainer
+from .data import EncodedDataset, Encoders
 from .data.layouts import with_condition_column
-from .data.pair_source import PairSource
+from .data.pair_source import RowSource
 from .families import Family
 from .families.denoisers import parts_of
 from .families.weightless import pipeline_from_configs
 from .training import loaders, pipelines
 from .training.config import DiffusionPreferenceConfig
-from .training.trainer import DiffusionTrainer
 
 
 _WHERE = ("revision", "cache_dir", "token", "local_files_only")
@@ -65,32 +65,25 @@ def encode_dataset(
         )
     args = DiffusionPreferenceConfig() if args is None else args.own_copy()
     family = pipelines.family_of(model, args.loading)
-    layout, several_sizes = PAIRS, True
-    if type(args) is not DiffusionPreferenceConfig:
-        kind = trainer_of(args)
-        layout, several_sizes = _layout(kind, args, family), kind.several_sizes
+    # Without its constructor: the columns that it reads are said before it has a model.
+    kind = MaPOTrainer if type(args) is DiffusionPreferenceConfig else trainer_of(args)
+    trainer = kind.__new__(kind)
+    vars(trainer).update(args=args, family=family)
     dataset = with_condition_column(dataset, family)
-    layout = loaders.layout_of(layout, family, dataset, None)
-    sources: dict[str, PairSource] = {}
-    rows = loaders.rows_of_one(dataset, "dataset", layout, family, args, sources)
+    trainer.layout = layout = loaders.layout_of(trainer.make_layout(), family, dataset, None)
+    sources: dict[str, RowSource] = {}
+    rows = loaders.rows_of_one(dataset, "dataset", layout, family, args, trainer.prepare_rows, sources)
     pipeline = _load(model, family, args)
     family.check_complete(pipeline)
     pipelines.check_not_offloaded(pipeline)
     encoders = Encoders(pipeline, family)
-    encoder = loaders.encoder_for(encoders, layout, args, [rows], several_sizes)
+    encoder = loaders.encoder_for(encoders, layout, args, [rows], kind.several_sizes)
     with encoders.on_device(args.device):
         encoder.add_prompts([rows])
         encoded = encoder.encode(rows, "dataset", sources.get("dataset"))
     if output is not None:
         encoded.save_to_disk(output)
     return encoded
-
-
-def _layout(kind: type[DiffusionTrainer], args: DiffusionPreferenceConfig, family: Family) -> Layout:
-    """The columns that a trainer reads, which it says before it has a model."""
-    trainer = kind.__new__(kind)
-    vars(trainer).update(args=args, family=family)
-    return trainer.make_layout()
 
 
 def _load(

@@ -84,7 +84,7 @@ def start(kind: str, cfg, pairs, trained_lora, eval_dataset=None) -> DiffusionDP
 
 def reference(trainer: DiffusionDPOTrainer, noisy) -> torch.Tensor:
     """The reference's predictions."""
-    with trainer.reference.applied() as module:
+    with trainer.reference.live.applied() as module:
         return trainer.denoise(module, noisy)
 
 
@@ -110,13 +110,13 @@ class TestStart:
         [("full", FrozenModel), ("lora", AdapterOff), ("frozen", FrozenAdapter), ("ref_model", FrozenModel)],
     )
     def test_auto_chooses_the_reference_that_costs_least(self, kind, expected, dpo, pairs, trained_lora):
-        assert type(start(kind, dpo(), pairs, trained_lora).reference) is expected
+        assert type(start(kind, dpo(), pairs, trained_lora).reference.live) is expected
 
     def test_a_peft_model_as_denoiser_goes_on_training_its_adapter(self, dpo, pairs):
         pipeline = build_tiny_pipeline()
         pipeline.unet = get_peft_model(pipeline.unet, lora(target_modules=["to_q"]))
         trainer = DiffusionDPOTrainer(pipeline, dpo(), pairs)
-        assert isinstance(trainer.model, PeftModel) and type(trainer.reference) is FrozenAdapter
+        assert isinstance(trainer.model, PeftModel) and type(trainer.reference.live) is FrozenAdapter
         assert isinstance(pipeline.unet, UNet2DConditionModel)
         trainer.train()
 
@@ -267,7 +267,7 @@ class TestPrecomputed:
                         parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         inputs = fixed._prepare_inputs(next(iter(fixed.get_train_dataloader())))
         mode = fixed.modes.training(inputs.rows, 0)
-        stored, _ = fixed.precomputed.at_stored_draws(inputs, mode)
+        stored = fixed.reference.at_stored_draws(inputs, mode)
         values = [
             trainer.compute_losses(trainer.model.train(), inputs, at)
             for trainer, at in ((live, stored), (fixed, mode))
@@ -297,7 +297,7 @@ class TestPrecomputed:
         calls = []
         trainer.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
         trainer.train()
-        assert trainer.reference is None
+        assert trainer.reference.live is None
         adapters = {
             name.split(".lora_A.")[1].split(".")[0] for name in weights_of(trainer.model) if ".lora_A." in name
         }
@@ -308,9 +308,9 @@ class TestPrecomputed:
         trainer = start("full precomputed", dpo(reference="precomputed", reference_draws=3), pairs, None)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         modes = [trainer.modes.training(inputs.rows, step) for step in range(20)]
-        drawn = {key[3] for mode in modes for key in trainer.precomputed.at_stored_draws(inputs, mode)[0].keys}
+        drawn = {key[3] for mode in modes for key in trainer.reference.at_stored_draws(inputs, mode).keys}
         assert drawn == {0, 1, 2}
-        assert trainer.precomputed.tables["train"].shape == (16, 3, 2)
+        assert trainer.reference.precomputed.tables["train"].shape == (16, 3, 2)
 
     def test_errors_made_from_something_else_are_refused_with_what_differs(self, dpo, pairs, tmp_path):
         own = {"reference": "precomputed", "reference_errors_dir": str(tmp_path / "errors")}
@@ -354,7 +354,7 @@ class TestPrecomputed:
         trainer = start(
             "full precomputed", dpo(dataloader_drop_last=True), pairs.select(range(10)), None, pairs.select([0])
         )
-        assert len(trainer.precomputed.tables["train"]) == 10
+        assert len(trainer.reference.precomputed.tables["train"]) == 10
         trainer.train()
 
 

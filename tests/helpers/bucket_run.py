@@ -65,7 +65,7 @@ def everything(folder: Path, pairs: Dataset) -> dict[str, Any]:
     config = DiffusionDPOConfig(**options(folder, "dpo", max_steps=1, reference="precomputed", reference_draws=2))
     trainer = DiffusionDPOTrainer(build_tiny_pipeline(), config, pairs, pairs.select(range(7)))
     metrics = trainer.evaluate()
-    seen["errors"] = trainer.precomputed.tables["train"].flatten().tolist()
+    seen["errors"] = trainer.reference.precomputed.tables["train"].flatten().tolist()
     seen["evaluation"] = {name: metrics[f"eval_{name}"] for name in ("loss", "mse/chosen", "preference_accuracy")}
     return seen
 

@@ -40,7 +40,7 @@ def train_dpo(folder: Path, pairs) -> dict:
     trainer.train()
     metrics = trainer.evaluate()
     return {
-        "errors": trainer.precomputed.tables["train"].flatten().tolist(),
+        "errors": trainer.reference.precomputed.tables["train"].flatten().tolist(),
         "weights": {name: tensor.double().sum().item() for name, tensor in trainer.model.state_dict().items()},
         "accuracy": metrics["eval_preference_accuracy"],
     }
@@ -95,8 +95,8 @@ def main() -> None:
     pipeline.vae.encode = encode
     original_draws = batches.draw_rows
 
-    def draws(*args):
-        drawn = original_draws(*args)
+    def draws(*args, **options):
+        drawn = original_draws(*args, **options)
         seen["timesteps"] += drawn.timesteps.tolist()
         seen["noise"] += drawn.noise.flatten(1)[:, 0].tolist()
         return drawn

@@ -41,7 +41,7 @@ def config_of(kind: type, **options):
 
 def measured_peak(trainer) -> int:
     """The most that tensors hold while it trains, its reference or teacher included."""
-    others = [getattr(trainer, name, None) for name in ("reference", "teacher")]
+    others = [getattr(getattr(trainer, "reference", None), "live", None), getattr(trainer, "teacher", None)]
     held = [other.module for other in others if isinstance(getattr(other, "module", None), nn.Module)]
     gc.collect()
     with PeakMemory(trainer.model, *held) as measured:

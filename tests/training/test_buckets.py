@@ -35,6 +35,7 @@ from trl_diffusion_pref.data.buckets import BucketOptions, bucket_sizes
 from trl_diffusion_pref.diffusion.randomness import TRAINING, generator_for
 from trl_diffusion_pref.families import all_families, family_for
 from trl_diffusion_pref.training import row_cache
+from trl_diffusion_pref.training.held_reference import HeldReference
 
 
 TRAINERS = {"mapo": (MaPOTrainer, MaPOConfig), "dpo": (DiffusionDPOTrainer, DiffusionDPOConfig)}
@@ -351,7 +352,7 @@ class TestReferencesAndEvaluation:
         for collated in fixed.get_train_dataloader():
             inputs = fixed._prepare_inputs(collated)
             mode = fixed.modes.training(inputs.rows, 0)
-            stored, _ = fixed.precomputed.at_stored_draws(inputs, mode)
+            stored = fixed.reference.at_stored_draws(inputs, mode)
             ours = fixed.compute_losses(fixed.model, inputs, mode)
             theirs = live.compute_losses(live.model, inputs, stored)
             torch.testing.assert_close(ours["mse/ref_chosen"], theirs["mse/ref_chosen"], rtol=1e-5, atol=1e-6)
@@ -366,7 +367,7 @@ class TestReferencesAndEvaluation:
         own = {"max_steps": 1, "reference": "precomputed", "eval_draws": 0}
         wanted, _ = run("dpo", build_tiny_pipeline(), pairs, **own, reference_errors_dir=str(tmp_path / "whole"))
         calls: list[list[int]] = []
-        compute = DiffusionDPOTrainer._reference_errors
+        compute = HeldReference._of_batch
 
         def stopping(self, batch, mode):
             calls.append(batch.rows.tolist())
@@ -374,7 +375,7 @@ class TestReferencesAndEvaluation:
                 raise KeyboardInterrupt
             return compute(self, batch, mode)
 
-        monkeypatch.setattr(DiffusionDPOTrainer, "_reference_errors", stopping)
+        monkeypatch.setattr(HeldReference, "_of_batch", stopping)
         draws, limit = wanted.args.reference_draws, 4 * wanted.args.reference_draws
         for _ in range(2):
             try:
@@ -386,7 +387,8 @@ class TestReferencesAndEvaluation:
         # Three batches were whole; a batch is called once for each draw.
         batches = [calls[index] for index in range(0, len(calls), draws)]
         assert len(calls) > 4 * draws and not set(sum(batches[:3], [])) & set(sum(batches[4:], []))
-        torch.testing.assert_close(trainer.precomputed.tables["train"], wanted.precomputed.tables["train"])
+        tables = [each.reference.precomputed.tables["train"] for each in (trainer, wanted)]
+        torch.testing.assert_close(*tables)
 
     def test_evaluation_is_a_mean_over_rows_whatever_the_batch_size(self, run, pairs):
         results = []

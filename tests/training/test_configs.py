@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from trl_diffusion_pref import DiffusionDPOConfig, MaPOConfig, SelfNPOConfig
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionSFTConfig, FlowRWRConfig, MaPOConfig, SelfNPOConfig
 from trl_diffusion_pref.algorithms.self_npo.config import PRESETS
 from trl_diffusion_pref.diffusion.noise import TIMESTEP_SAMPLINGS
 from trl_diffusion_pref.shapes import preference_pairs
@@ -19,7 +19,7 @@ from trl_diffusion_pref.training.config import DiffusionPreferenceConfig, docume
 from trl_diffusion_pref.training.option_checks import range_in_words
 
 
-CONFIGS = [DiffusionPreferenceConfig, MaPOConfig, DiffusionDPOConfig, SelfNPOConfig]
+CONFIGS = [DiffusionPreferenceConfig, MaPOConfig, DiffusionDPOConfig, SelfNPOConfig, DiffusionSFTConfig, FlowRWRConfig]
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)
@@ -129,6 +129,7 @@ def test_bad_options_are_refused_by_name(options, message, tmp_path):
         (SelfNPOConfig, {"ema_decay": 0.9, "teacher": "frozen"}, "ema_decay=0.9 does nothing .*teacher='ema'"),
         (SelfNPOConfig, {"huber_c": 0.1, "preset": "paper"}, "huber_c=0.1 does nothing with loss_type='l2'"),
         (SelfNPOConfig, {"metric_for_best_model": "rewards/margins"}, "loss, x0_error"),
+        (FlowRWRConfig, {"temperature": 0.5, "weighting": "raw"}, "temperature=0.5 does nothing with weighting='raw'"),
     ],
 )
 def test_options_without_an_effect_are_refused(config_class, options, message, tmp_path):

@@ -93,8 +93,8 @@ class TestFlowDPO:
         trainer = dpo(beta_schedule=beta_schedule, reference=reference, **draws)
         inputs, mode = first_batch(trainer)
         values = trainer.compute_losses(trainer.model, inputs, mode)
-        if trainer.precomputed is not None:
-            mode, _ = trainer.precomputed.at_stored_draws(inputs, mode)
+        if trainer.reference.is_precomputed:
+            mode = trainer.reference.at_stored_draws(inputs, mode)
         drawn = draw_rows(mode.keys, (4, 8, 8), 2, trainer.noise_process, torch.device("cpu"))
         t = drawn.timesteps.double().numpy()
         assert t.min() < 0.7 < t.max()

@@ -73,7 +73,7 @@ def test_the_frozen_copy_of_an_adapter_that_is_called_like_a_part_is_the_adapter
     pipeline = build_tiny_pipeline()
     pipeline.unet = get_peft_model(pipeline.unet, lora(), adapter_name="to_q")
     config = DiffusionDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    reference = DiffusionDPOTrainer(pipeline, config, pairs).reference
+    reference = DiffusionDPOTrainer(pipeline, config, pairs).reference.live
     parameters = dict(pipeline.unet.named_parameters())
     kept = reference.parameters()
     assert len(kept) == sum("lora_" in name and name.split(".")[-2] == "to_q" for name in parameters)

@@ -10,7 +10,7 @@ from transformers import TrainerState
 from trl_diffusion_pref.diffusion.noise import RectifiedFlow
 from trl_diffusion_pref.training.config import GuardedConfig
 from trl_diffusion_pref.training.divergence import DivergenceError
-from trl_diffusion_pref.training.metrics import joined
+from trl_diffusion_pref.training.metrics import joined, means_of
 from trl_diffusion_pref.training.monitor import StepMonitor, non_finite_losses, non_finite_weights
 
 
@@ -46,6 +46,27 @@ def test_means_are_of_the_interval_alone_and_each_metric_of_its_own_batches(tmp_
     record(margin=7.0)
     assert watched.take_means() == {"margin": 7.0}
     assert watched.take_means() == {}
+
+
+def test_samples_without_a_value_are_left_out_of_its_mean_and_of_the_guard(tmp_path):
+    nan, watched = float("nan"), monitor(tmp_path, "stop")
+    values = {"loss": [1.0, 2.0], "mse/chosen": [nan, 0.1], "mse/ref_chosen": [nan, 0.1], "time": [500.0, 100.0]}
+    values |= {"rewards/liked": [nan, 3.0], "rewards/disliked": [nan, nan]}
+    watched.record(nn.Linear(1, 1), {name: torch.tensor(value) for name, value in values.items()}, torch.arange(2), 0)
+    watched.on_step_end(None, TrainerState(global_step=1), None)
+    assert watched.take_means() == pytest.approx({"rewards/liked": 3.0, "mse/chosen": 0.1, "mse/ref_chosen": 0.1})
+    # A batch without any of them says nothing.
+    values = {name: torch.tensor(value)[:1] for name, value in values.items()}
+    watched.record(nn.Linear(1, 1), values, torch.arange(1), 1)
+    watched.on_step_end(None, TrainerState(global_step=2), None)
+    assert watched.take_means() == {}
+
+
+def test_evaluation_means_are_over_the_samples_with_a_value():
+    table = np.asarray([[1.0, np.nan, np.nan], [3.0, 5.0, np.nan]])
+    assert means_of(["loss", "liked", "disliked"], table) == {"loss": 2.0, "liked": 5.0}
+    # Of losses none may be missing.
+    assert np.isnan(means_of(["loss"], np.asarray([[np.nan], [1.0]]))["loss"])
 
 
 @pytest.mark.parametrize("action", ["stop", "warn"])

@@ -126,6 +126,8 @@ class TestTable:
             ("Diffusion-DPO", False, "StableDiffusionPipeline"),
             ("Diffusion-DPO", True, "StableDiffusion3Pipeline"),
             ("Self-NPO", False, "StableDiffusionPipeline"),
+            ("Diffusion-KTO", False, "StableDiffusionPipeline"),
+            ("Flow-RWR", True, "WanPipeline"),
         ],
     )
     def test_fallbacks_are_the_values_of_the_model_that_they_name(self, algorithm, flow, of):

@@ -1,6 +1,7 @@
 """Rounds of self-made pairs: each goes on from the one before, and an interruption changes nothing."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from peft import LoraConfig
 from PIL import ImageStat
 from transformers import TrainerCallback
 
-from trl_diffusion_pref import MaPOConfig, MaPOTrainer, SelfNPOConfig, SelfNPOTrainer, load_pairs, train_in_rounds
+from trl_diffusion_pref import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+    SelfNPOConfig,
+    SelfNPOTrainer,
+    load_pairs,
+    train_in_rounds,
+)
 from trl_diffusion_pref.preference_data import candidates
 from trl_diffusion_pref.training import rounds
 
@@ -23,23 +33,27 @@ def brightness(prompts, samples, **columns):
     return [ImageStat.Stat(image.convert("L")).mean[0] for image in samples]
 
 
+def redness(prompts, samples, **columns):
+    return [ImageStat.Stat(image).mean[0] - ImageStat.Stat(image).mean[1] for image in samples]
+
+
 class Interrupted(Exception):
     """Stands for a process that is killed."""
 
 
-def config(folder, **options) -> MaPOConfig:
-    return MaPOConfig(
-        output_dir=str(folder),
-        dataset_cache_dir=str(folder.parent / "cache"),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        save_steps=2,
-        activation_checkpointing=False,
-        disable_tqdm=True,
-        divergence_guard="off",
-        **options,
-    )
+def config(folder, kind=MaPOConfig, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "dataset_cache_dir": str(folder.parent / "cache"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "divergence_guard": "off",
+    }
+    return kind(**{**defaults, **options})
 
 
 def run(folder, *, lora: bool = False, number: int = 2, trainer_class=MaPOTrainer, **options):
@@ -158,3 +172,43 @@ def test_rounds_need_an_algorithm_on_pairs_and_one_round(tmp_path):
         train_in_rounds(*arguments, brightness)
     with pytest.raises(ValueError, match="rounds=0"):
         run(tmp_path / "run", number=0)
+
+
+def test_rounds_of_irepo_regress_on_the_answers_of_several_rewards(tmp_path):
+    temperatures = {"brightness": 5.0, "redness": 2.0}
+
+    def irepo(folder, stop=None):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if args.output_dir.endswith("round-2") and state.global_step == stop:
+                    raise Interrupted
+
+        class Trainer(DiffusionDPOTrainer):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options, callbacks=[Stop()])
+
+        Trainer.__name__ = "DiffusionDPOTrainer"
+        own = {"loss_type": "irepo", "beta": 100.0, "weight_decay": 0.0, "logging_steps": 1}
+        args = config(folder, DiffusionDPOConfig, **own, per_device_train_batch_size=4)
+        pipeline, rewards = build_tiny_pipeline(), [brightness, redness]
+        options = {"samples_per_prompt": 3, "pair_options": {"temperature": temperatures}, **CALL}
+        train_in_rounds(Trainer, pipeline, args, PROMPTS, rewards, **options)
+        return pipeline.unet.state_dict()
+
+    weights = irepo(tmp_path / "whole")
+    for number in (1, 2):
+        folder = tmp_path / "whole" / f"round-{number}"
+        logits = []
+        for row in load_pairs(folder / "data" / "pairs"):
+            gains = {name: row[f"chosen_scores/{name}"] - row[f"rejected_scores/{name}"] for name in temperatures}
+            answers = [1 / (1 + math.exp(-gain / temperatures[name])) for name, gain in gains.items()]
+            assert row["soft_label"] == pytest.approx(sum(answers) / 2, rel=1e-9)
+            logits.append(math.log(row["soft_label"] / (1 - row["soft_label"])))
+        assert 2 <= len(logits) <= 4
+        # All pairs are in the first batch. The reference is the round's start, so that their margins are 0 there.
+        log = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+        expected = sum(logit**2 for logit in logits) / len(logits)
+        assert log[0]["loss"] == pytest.approx(expected, rel=1e-3) and log[1]["loss"] != log[0]["loss"]
+    with pytest.raises(Interrupted):
+        irepo(tmp_path / "stopped", stop=3)
+    assert same(irepo(tmp_path / "stopped"), weights)

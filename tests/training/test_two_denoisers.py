@@ -196,7 +196,7 @@ def test_diffusion_dpo_begins_at_ln_2_and_keeps_its_reference(denoiser, lora, pa
     assert losses[1] != losses[0]
     latents, conditioning = inputs(4)
     times = torch.tensor([950.0, 100.0, 900.0, 500.0])
-    with trainer.reference.applied() as reference:
+    with trainer.reference.live.applied() as reference:
         predicted = family.predict(reference, latents, times, conditioning)
     base = family.denoiser(build_wan_2_2())
     torch.testing.assert_close(predicted, family.predict(base, latents, times, conditioning), rtol=0, atol=1e-5)

@@ -33,7 +33,7 @@ class TrainerOptions:
     > Trainer
 
         trainer (`str`, *optional*, defaults to `"mapo"`):
-            The command that will train: `mapo`, `diffusion-dpo`, `self-npo`. Its options are then options here.
+            The command that will train, such as `mapo` or `diffusion-sft`. Its options are then options here.
     """
 
     trainer: str = "mapo"

@@ -49,11 +49,11 @@ def training_data(
             f"{undivided} has no splits, and would be trained on and evaluated on. Name other rows by "
             "--eval_dataset_name, or leave out the evaluation."
         )
-    pairs = layout.samples == PAIRS.samples
+    pairs = layout.is_pairs
     others = (options.eval_dataset_name or names) if evaluates else []
     # Mixed rows are converted to pairs here, and then all are: the trainer has one set of options for both.
     mixed = pairs and max(len(names), len(others)) > 1
-    mixture = _Mixture(config, mixed, pairs)
+    mixture = _Mixture(config, mixed, layout)
     train = mixture.read(names, weights, options.dataset_train_split, streaming=options.dataset_streaming)
     evaluation = mixture.read(others, None, options.dataset_test_split, streaming=False) if evaluates else None
     if mixed:
@@ -75,11 +75,16 @@ class _Mixture:
 
     Args:
         convert: Whether rows become pairs with our names of columns.
-        pairs: Whether rows are pairs, and not prompts.
+        layout: Of the rows.
     """
 
-    def __init__(self, config: DiffusionPreferenceConfig, convert: bool, pairs: bool) -> None:
-        self.config, self.convert, self.pairs = config, convert, pairs
+    def __init__(self, config: DiffusionPreferenceConfig, convert: bool, layout: Layout) -> None:
+        self.config, self.convert, self.pairs, self.prompts_alone = (
+            config,
+            convert,
+            layout.is_pairs,
+            not layout.samples,
+        )
         self.column_map = config.column_map if isinstance(config.column_map, dict) else None
         # The trainer exchanges the labels of all rows together.
         self.pair_options = replace(config.pair_options(), label_noise=0.0)
@@ -123,7 +128,7 @@ class _Mixture:
                 feature = soft[0].features["soft_label"] if soft[0].features else Value("float32")
                 parts[number] = part.map(lambda _: {"soft_label": 1.0}).cast_column("soft_label", feature)
         common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
-        common = [name for name in common if self.pairs or name in ("prompt", *_CONDITIONS)]
+        common = [name for name in common if not self.prompts_alone or name in ("prompt", *_CONDITIONS)]
         parts = [part.select_columns(common) for part in parts]
         for column in common:
             # Some have images, others paths.

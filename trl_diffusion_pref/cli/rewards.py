@@ -33,7 +33,9 @@ def _reward(name: str, arguments: Any) -> Callable[..., list[float]]:
         found = _imported(name)
     else:
         classes = [entry for entry in known.__all__ if isclass(getattr(known, entry)) and entry[0].isupper()]
-        classes = [entry for entry in classes if not entry.endswith(("Error", "ModelReward")) and entry != "Reward"]
+        # A latent reward rates noisy latents while they are sampled, not samples.
+        others = ("Error", "ModelReward", "LatentReward")
+        classes = [entry for entry in classes if not entry.endswith(others) and entry != "Reward"]
         if name not in classes:
             similar = nearest(name, [*classes, "shapes"]) or ", ".join([*classes, "shapes"])
             raise UsageError(f"There is no reward {name!r}; the nearest is {similar}. Your own: package.module:name.")

@@ -108,17 +108,18 @@ class HeldOutPreferences:
         """95 % interval of the preference accuracy, or without a base of the likelihood accuracy.
 
         Args:
-            names: Of the columns of `values`.
+            names: Of the columns of `values`, where several weights are evaluated each with a prefix.
             values: `(N, len(names))`.
             rows: `(N,)`; values are put in their order, so that the interval does not depend on how processes shared
                 them.
         """
-        for name in ("preference_accuracy", "likelihood_accuracy"):
-            if name in names:
-                ordered = values[np.argsort(rows, kind="stable"), list(names).index(name)]
-                low, high = bootstrap_interval(ordered)
-                return {f"{name}_low": low, f"{name}_high": high}
-        return {}
+        intervals = {}
+        for likelihood in [name for name in names if name.endswith("likelihood_accuracy") and "base_" not in name]:
+            preference = likelihood.replace("likelihood", "preference")
+            name = preference if preference in names else likelihood
+            ordered = values[np.argsort(rows, kind="stable"), list(names).index(name)]
+            intervals[f"{name}_low"], intervals[f"{name}_high"] = bootstrap_interval(ordered)
+        return intervals
 
     def record(self, weights: str) -> dict[str, Any]:
         """What stored values of the base depend on, beside the data: the starting weights by their fingerprint."""

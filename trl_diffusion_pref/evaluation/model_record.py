@@ -9,15 +9,18 @@ from torch import nn
 
 from ..fingerprint import weights_fingerprint
 from ..guidance.guide import guidance_of
+from ..guidance.noisy_inputs import TrainedReward
+from ..guidance.reward_guidance import reward_guidance_of
 
 
 def model_record(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The pipeline's class, scheduler, weights, active adapters and negative guidance, as JSON can hold them.
+    """The pipeline's class, scheduler, weights, active adapters and guidance, as JSON can hold them.
 
     Weights are told apart by their fingerprints, see `fingerprint.weights_fingerprint`.
 
     Raises:
-        ValueError: Weights are not in memory, as with sequential offloading.
+        ValueError: Weights are not in memory, as with sequential offloading; or the pipeline is guided by a reward
+            function, of which nothing says what it computes.
     """
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     for name, module in modules.items():
@@ -47,6 +50,18 @@ def model_record(pipeline: DiffusionPipeline) -> dict[str, Any]:
                 f"second denoiser, {number}": other.second and weights_fingerprint(other.second)
                 for number, other in enumerate(guidance.others, 2)
             },
+        }
+    towards = reward_guidance_of(pipeline)
+    if towards is not None and towards.acts:
+        if not isinstance(towards.reward, TrainedReward):
+            raise ValueError(
+                "The pipeline is guided by a reward function, and nothing tells its samples from those of another "
+                "function. Sample without output, or with a LatentReward."
+            )
+        record["reward guidance"] = {
+            "reward": towards.reward.record(),
+            "weights": towards.weights,
+            "scale": towards.scale,
         }
     # Tuples and numbers of numpy become what JSON reads back.
     return json.loads(json.dumps(record, default=str, sort_keys=True))

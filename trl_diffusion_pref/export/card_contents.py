@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from peft import LoraConfig
 
+from .weights import EMA_FOLDER, EMA_SUFFIX
+
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +157,12 @@ def base_licence(pipeline: DiffusionPipeline, base_model: str | None) -> dict[st
         if base_model:
             licence["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
     return licence
+
+
+def averages(folder: Path, denoisers: Sequence[str]) -> list[str]:
+    """The folders in which the moving average of the weights stands beside the weights."""
+    names = [EMA_FOLDER, *(f"{name}{EMA_SUFFIX}" for name in denoisers)]
+    return [name for name in names if (folder / name).is_dir()]
 
 
 def pictures(folder: Path) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from ..families import Family
 from ..version import __version__
 from . import card_contents as contents
 from .kohya import KOHYA_FILE
-from .weights import denoisers_in
+from .weights import EMA_LORA_FILE, denoisers_in
 
 
 _TEMPLATE = Path(__file__).parent / "model_card.md"
@@ -138,6 +138,9 @@ def write_model_card(
         kohya_files=[
             (file, own.denoiser_name) for own in trained if (folder / (file := own.own_file(KOHYA_FILE))).is_file()
         ],
+        averages=contents.averages(folder, denoisers_in(record, family)) if args.use_ema else [],
+        averaged_files=[own.own_file(EMA_LORA_FILE) for own in trained],
+        denoiser_class=family.denoiser_class,
         denoiser=family.denoiser_name,
         sample=family.modality,
         samples=_OUTPUTS[family.modality],

@@ -1,8 +1,9 @@
 """What is written for others to load: denoiser folders, whole pipelines, LoRA files, and the record of a run."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +21,17 @@ from ..families.denoisers import parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import rounded_fingerprints, weights_fingerprint
 from ..host_libraries import quiet_loading
+from .files import unfinished_name
 from .kohya import KOHYA_FILE, check_kohya, save_kohya
 
 
 RUN_RECORD = "trl_diffusion_pref.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Of the moving average of the weights: after a denoiser's name; a LoRA's folder, and the file in it that diffusers
+# reads. It has another name than the trained LoRA's because load_lora_weights takes the first one of that name that a
+# repository on the Hub lists, subfolders included.
+EMA_SUFFIX = "_ema"
+EMA_FOLDER, EMA_LORA_FILE = "ema", "ema_lora_weights.safetensors"
 
 
 def save_denoiser(denoiser: ModelMixin, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -259,6 +266,51 @@ def save_lora(
         config = family.denoiser_config(pipeline)
         for own, layers, each in loras_of(family, list(family.trained_ranges(pipeline)), tensors, options):
             save_kohya(folder / own.own_file(KOHYA_FILE), layers, each, family, config)
+
+
+def save_averaged(
+    pipeline: DiffusionPipeline,
+    family: Family,
+    model: nn.Module,
+    folder: Path,
+    record: dict[str, Any],
+    *,
+    kohya: bool = False,
+) -> None:
+    """Writes the model, which has its averaged weights, beside its own: `<denoiser>_ema/`, or for a LoRA `ema/`.
+
+    A denoiser's loads with `from_pretrained(folder, subfolder=...)`. A LoRA's folder has PEFT's files, for diffusers
+    `EMA_LORA_FILE`, and the run's record, so that it can be exported and merged. Both are there whole or not at all.
+
+    Args:
+        kohya: See `save_lora`.
+    """
+    if not isinstance(model, PeftModel):
+        for name, part in parts_of(model, family.denoiser_name).items():
+            with _written_whole(folder / f"{name}{EMA_SUFFIX}") as place:
+                save_denoiser(part, place)
+        return
+    with _written_whole(folder / EMA_FOLDER) as place:
+        save_lora(pipeline, family, model, place, kohya=kohya)
+        for name in family.trained_ranges(pipeline):
+            own = family.with_denoiser(name)
+            if (file := place / own.own_file(LORA_FILE)).is_file():
+                file.rename(place / own.own_file(EMA_LORA_FILE))
+        # PEFT's card, which says nothing of this folder.
+        (place / "README.md").unlink(missing_ok=True)
+        write_run_record(place, record)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of the other one at the end."""
+    unfinished = unfinished_name(folder)
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def run_record(

@@ -29,6 +29,7 @@ class MemoryEstimate:
         gradients: All of them together.
         optimizer_state: After the first step.
         reference: A second denoiser or adapter that the trainer holds: DPO's reference, Self-NPO's teacher.
+        average: The moving average of the trained weights, with `use_ema`.
         activations_with_checkpointing: The most that forward and backward hold at once beside gradients; None where
             the family cannot train with gradient checkpointing.
         activations_without_checkpointing: The same without.
@@ -44,6 +45,7 @@ class MemoryEstimate:
     gradients: int
     optimizer_state: int
     reference: int
+    average: int
     activations_with_checkpointing: int | None
     activations_without_checkpointing: int
     total_with_checkpointing: int | None
@@ -65,7 +67,7 @@ class MemoryEstimate:
             self.conditions,
             f"{'GiB, by gradient checkpointing':32}" + "".join(f"{name:>15}" for name in columns),
         ]
-        for name in ("weights", "gradients", "optimizer_state", "reference"):
+        for name in ("weights", "gradients", "optimizer_state", "reference", *(["average"] if self.average else [])):
             lines.append(f"{name.replace('_', ' '):32}" + f"{getattr(self, name) / _GIB:15.2f}" * len(columns))
         for label, field in (("activations", "activations"), ("total, the most held at once", "total")):
             values = (getattr(self, f"{field}_with_checkpointing"), getattr(self, f"{field}_without_checkpointing"))
@@ -124,12 +126,14 @@ def estimate_memory(
     family, pipeline = pipeline_of(model, args)
     step = FakeStep(kind, pipeline, family, args, peft_config, device_type)
     gradients = sum(parameter.nbytes for parameter in step.trained)
+    # In float32, whatever the weights are in.
+    average = sum(4 * parameter.numel() for parameter in step.trained) if args.use_ema else 0
     with step.accelerator.fake_tensors:
         optimizer_state = optimizer_bytes(args, step.trained)
 
     def run(checkpointing: bool) -> tuple[int, int]:
         peak, activations = step.run(checkpointing)
-        return step.weights + step.held + optimizer_state + max(peak, gradients), activations
+        return step.weights + step.held + average + optimizer_state + max(peak, gradients), activations
 
     total, activations = run(False)
     can_checkpoint = family.gradient_checkpointing and has_gradient_checkpointing(step.base)
@@ -146,6 +150,7 @@ def estimate_memory(
         gradients=gradients,
         optimizer_state=optimizer_state,
         reference=step.held,
+        average=average,
         activations_with_checkpointing=activations_checkpointed,
         activations_without_checkpointing=activations,
         total_with_checkpointing=total_checkpointed,

@@ -23,8 +23,10 @@ from ..families import Family
 from ..families.base import model_inside
 from ..training.config import DiffusionPreferenceConfig
 from ..training.denoiser import Denoiser
+from ..training.held_reference import HeldReference
 from ..training.modes import Modes
 from ..training.recommended import fill_in
+from ..training.reference_config import ReferenceConfig
 from ..training.trainer import DiffusionTrainer
 from .autocast import autocast
 from .live_bytes import LiveBytes
@@ -69,6 +71,8 @@ class _OneProcess:
     """
 
     state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=None)
+    num_processes = 1
+    numbers_per_row: int
 
     def __init__(self, device_type: str, dtype: torch.dtype | None) -> None:
         self.device_type, self.dtype = device_type, dtype
@@ -100,7 +104,7 @@ class _OneProcess:
     def load_or_compute(self, *args: Any) -> Tensor:
         """What is stored by row, of which a batch takes its own: fake, so that every row and draw is in it."""
         with self.fake_tensors:
-            return torch.zeros(1, 1, 2)
+            return torch.zeros(1, 1, self.numbers_per_row)
 
 
 class FakeStep:
@@ -151,9 +155,12 @@ class FakeStep:
             train_dataset={"row": self.rows},
             eval_dataset=None,
             denoise=Denoiser(family, self.accelerator, sharded=False, loss_on_mask=args.loss_on_mask),
-            _ref_model=None,
         )
+        if isinstance(args, ReferenceConfig):
+            vars(trainer).update(reference=HeldReference(None, args))
         trainer.layout = trainer.make_layout().conditioned_on(family)
+        # Errors, and what stands beside them.
+        self.accelerator.numbers_per_row = 4 * trainer.layout.num_samples
         trainer.check_step(peft_config)
         trainer.setup_step()
         self.accelerator.prepare_model(self.model)
@@ -205,6 +212,9 @@ class FakeStep:
 
     def _batch(self) -> Batch:
         encoder, layout, rows = self.encoder, self.trainer.layout, len(self.rows)
+        if not layout.samples:
+            # A trainer that generates its samples reads prompts alone, and is trained on more.
+            layout = getattr(self.trainer, "trained_layout", layout)
         samples, latents = layout.num_samples, None
         per_sample = () if layout.samples_per_cell is None else (samples,)
         if samples:

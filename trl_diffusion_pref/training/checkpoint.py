@@ -28,12 +28,14 @@ from ..export.weights import (
     lora_config,
     read_run_record,
     save_all_but_denoiser,
+    save_averaged,
     save_denoisers,
     save_lora,
     save_pipeline,
     write_run_record,
 )
 from .config import DiffusionPreferenceConfig
+from .ema import EMA, WeightsEMA
 
 
 logger = get_logger(__name__)
@@ -80,6 +82,7 @@ class Checkpointer:
 
     Attributes:
         parts: What takes part, by the stem of its file.
+        ema: The moving average of the weights, where there is one; a part too.
         writing: Whether a checkpoint is being written, and not the finished model.
     """
 
@@ -87,7 +90,14 @@ class Checkpointer:
         self.encoders, self.pipeline, self.family = encoders, encoders.pipeline, encoders.family
         self.output_dir, self.record = output_dir, record
         self.parts: dict[str, Checkpointed] = {}
+        self.ema: WeightsEMA | None = None
         self.writing = self._frozen_parts_written = False
+
+    def average(self, model: nn.Module, args: DiffusionPreferenceConfig) -> WeightsEMA:
+        """Averages the weights of a run's model, unwrapped, from now on; the result is to be added as a callback."""
+        self.ema = WeightsEMA(model, args, lambda folder: self._read_part(EMA, self._file(folder, EMA, 0)))
+        self.parts[EMA] = self.ema
+        return self.ema
 
     # ---- Writing -------------------------------------------------------------------------------------------------
 
@@ -133,8 +143,20 @@ class Checkpointer:
             save_denoisers(model, self.family.denoiser_name, folder, state_dict)
         else:
             save_pipeline(self.pipeline, self.family, folder, state_dict, encoders=self.encoders.present())
+        if not self.writing:
+            self._write_average(folder)
         write_run_record(folder, self.record)
         torch.save(args.without_secrets(), folder / "training_args.bin")
+
+    def _write_average(self, folder: Path) -> None:
+        """Writes the moving average, where there is one, beside weights that are not a checkpoint's.
+
+        Checkpoints have it as a part, in float32.
+        """
+        if self.ema is not None:
+            kohya = self.ema.args.lora_format == "kohya"
+            with self.ema.applied():
+                save_averaged(self.pipeline, self.family, self.ema.model, folder, self.record, kohya=kohya)
 
     def mark_as_diverged(self, folder: Path, reason: str, *, should_save: bool) -> None:
         """Writes into a checkpoint's record that its weights diverged; it is then resumed from only by its path."""
@@ -156,6 +178,8 @@ class Checkpointer:
         else:
             for name in self.family.trained_ranges(self.pipeline):
                 shutil.copytree(checkpoint / name, folder / name, dirs_exist_ok=True)
+        # The checkpoint is the present step's.
+        self._write_average(folder)
         shutil.copy(checkpoint / RUN_RECORD, folder / RUN_RECORD)
 
     # ---- Reading -------------------------------------------------------------------------------------------------
@@ -240,8 +264,11 @@ class Checkpointer:
                     "Resume with the options of the run, or start a new one."
                 )
             self._check_options(part, file)
-            with safe_open(file, "pt") as opened:
-                part.load_state_dict({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
+            self._read_part(name, file)
+
+    def _read_part(self, name: str, file: Path) -> None:
+        with safe_open(file, "pt") as opened:
+            self.parts[name].load_state_dict({key: opened.get_tensor(key) for key in opened.keys()})  # noqa: SIM118
 
     @staticmethod
     def _check_options(part: Checkpointed, file: Path) -> None:

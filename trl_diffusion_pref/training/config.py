@@ -87,6 +87,21 @@ class DiffusionPreferenceConfig(DataConfig):
             Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
             likelihoods for the preference accuracy; at least 0, which leaves it out. More cost more and vary less.
 
+    > Parameters that control the moving average of the weights
+
+        use_ema (`bool`, *optional*, defaults to `False`):
+            Keeps an exponential moving average of the trained weights in float32 (diffusers' `EMAModel`), evaluates
+            it beside them, under the names `eval_ema_*`, which doubles an evaluation's time, and saves it beside
+            them: see docs/ema.md. An error with FSDP and DeepSpeed.
+        ema_max_decay (`float`, *optional*, defaults to `0.9999`):
+            Largest decay, in [0, 1). The decay after step k is `1 - (1 + (k - 1) / ema_inv_gamma) ** -ema_power`
+            until then, so that the first weights are forgotten. This and the next two are those of diffusers' script.
+        ema_inv_gamma (`float`, *optional*, defaults to `1.0`):
+            Slows the growth of the decay down where it is above 1; positive.
+        ema_power (`float`, *optional*, defaults to `0.75`):
+            Power of that growth, positive: with 1 the average is over all steps alike, with less over the latest ones
+            more; with 0.75 the decay is 0.994 at step 1,000 and 0.999 at step 10,000.
+
     > Parameters of transformers with another default
 
         bf16 (`bool`, *optional*):
@@ -111,8 +126,16 @@ class DiffusionPreferenceConfig(DataConfig):
         "prompt_dropout": "[0, 1)",
         "timestep_shift": "(0, inf)",
         "eval_draws": "[0, inf)",
+        "ema_max_decay": "[0, 1)",
+        "ema_inv_gamma": "(0, inf)",
+        "ema_power": "(0, inf)",
     }
-    _effective_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {**DataConfig._effective_with}
+    _effective_with: ClassVar[dict[str, tuple[str, tuple[Any, ...]]]] = {
+        **DataConfig._effective_with,
+        "ema_max_decay": ("use_ema", (True,)),
+        "ema_inv_gamma": ("use_ema", (True,)),
+        "ema_power": ("use_ema", (True,)),
+    }
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     model_init_kwargs: dict[str, Any] | str | None = None
@@ -127,6 +150,10 @@ class DiffusionPreferenceConfig(DataConfig):
     timestep_shift: float | None = None
     loss_on_mask: bool = False
     eval_draws: int = 8
+    use_ema: bool = False
+    ema_max_decay: float = 0.9999
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
     bf16: bool | None = None  # type: ignore[assignment]  # None until __post_init__
     dataloader_pin_memory: bool | None = None  # type: ignore[assignment]  # None until __post_init__
     lr_scheduler_type: SchedulerType | str = "constant"
@@ -144,6 +171,11 @@ class DiffusionPreferenceConfig(DataConfig):
             raise ValueError(
                 "With DeepSpeed, which reads them before the model is known, set learning_rate and weight_decay "
                 "yourself; docs/hyperparameters.md has each model's."
+            )
+        if self.use_ema and self.shards_weights:
+            raise ValueError(
+                "use_ema=True: with FSDP and DeepSpeed no process has all weights to average. Leave it out, or train "
+                "with DDP."
             )
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.bf16 is None:
@@ -203,6 +235,7 @@ class DiffusionPreferenceConfig(DataConfig):
         """Checks `metric_for_best_model`; None stands for evaluation data sets of any names."""
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         names = [name for name in self.metric_names if self.eval_draws or "_accuracy" not in name]
+        names += [f"ema_{name}" for name in names] if self.use_ema else []
         if not metric or not names:
             return
         known = [prefix + name for prefix in prefixes or [""] for name in names]

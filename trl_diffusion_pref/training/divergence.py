@@ -64,6 +64,8 @@ class DivergenceGuard:
 
     def record(self, chosen_error: Tensor, reference_error: Tensor | None, times: Tensor) -> None:
         """Takes a micro-batch's values of all processes, `(N,)` each; `times` are the denoiser's."""
+        if not len(chosen_error):
+            return
         # First to the CPU: Apple's GPUs have no float64.
         chosen_error, times = chosen_error.cpu().double(), times.cpu().double()
         if self.reference_margin is not None and reference_error is not None:

@@ -1,11 +1,12 @@
 """From what the user passes to what the loop reads: rows of a layout, encoded data sets, and loaders of batches."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import (
@@ -28,17 +29,21 @@ from ..data.layouts import (
     named_datasets,
     with_condition_column,
 )
-from ..data.pair_source import PairSource
+from ..data.pair_source import RowSource
 from ..data.pairs import convert
 from ..data.resolution import Resolution
+from ..data.stored import list_lengths
+from ..data.weighted_batches import WeightedBatchSampler
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
 from ..families import Family, all_families
-from .config import DiffusionPreferenceConfig
+from .config import AnyDataset, DiffusionPreferenceConfig
 
 
 logger = logging.getLogger(__name__)
 
 Encoded = (EncodedDataset, EncodedStream)
+# From a data set and what messages call it to rows of a layout, and what they were made of.
+PrepareRows = Callable[[AnyDataset, str], tuple[AnyDataset, RowSource | None]]
 
 
 def with_condition_columns(train_dataset: Any, eval_dataset: Any, family: Family) -> tuple[Any, Any]:
@@ -53,11 +58,40 @@ def with_condition_columns(train_dataset: Any, eval_dataset: Any, family: Family
 def layout_of(layout: Layout, family: Family, train_dataset: Any, eval_dataset: Any) -> Layout:
     """A layout with the condition images of a run, which optional ones are where the training data have them."""
     evaluated = [dataset for _, dataset in labelled_datasets(eval_dataset)]
-    first = next((dataset for dataset in (train_dataset, *evaluated) if dataset is not None), None)
+    given = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
+    first = next(iter(given), None)
+    if layout.fewest_per_cell is not None:
+        layout = _as_long_as(layout, given)
     if isinstance(first, EncodedDataset):
         return layout.conditioned_on(family, [*first.record["samples"], *first.record["conditions"]])
     known = isinstance(first, (Dataset, IterableDataset))
     return layout.conditioned_on(family, column_names(first) if known else None)
+
+
+def _as_long_as(layout: Layout, datasets: Sequence[Any]) -> Layout:
+    """A layout of rankings whose places suffice for the longest; of a stream all are as long as its first one."""
+    [column] = layout.samples
+    lengths = []
+    for dataset in datasets:
+        if isinstance(dataset, EncodedDataset):
+            lengths.append(dataset.most_samples)
+        elif isinstance(dataset, IterableDataset):
+            first: dict[str, Any] = next(iter(dataset), {})
+            cell = first.get(column)
+            if isinstance(cell, (list, tuple)):
+                return replace(layout, samples_per_cell=len(cell), fewest_per_cell=None)
+        # Other columns, and none, are reported with all that is wrong with them.
+        elif isinstance(dataset, Dataset) and column in dataset.column_names and len(dataset):
+            lengths.append(int(list_lengths(dataset, column, "the data set").max()))
+    return replace(layout, samples_per_cell=max([layout.fewest_per_cell or 1, *lengths])) if lengths else layout
+
+
+def pairs_of(dataset: AnyDataset, label: str, args: DiffusionPreferenceConfig) -> tuple[AnyDataset, RowSource | None]:
+    """A data set in any known layout as pairs, and where they come from; see `data.as_pairs`."""
+    # Rankings are rewritten, which one process does for all.
+    with args.main_process_first():
+        pairs, _, source = convert(dataset, label, args.pair_options())
+    return pairs, source
 
 
 def rows_of(
@@ -66,16 +100,18 @@ def rows_of(
     layout: Layout,
     family: Family,
     args: DiffusionPreferenceConfig,
+    prepare: PrepareRows,
     *,
     training: bool = True,
-) -> tuple[Any, Any, dict[str, PairSource]]:
-    """Data sets with the columns of the layout: known layouts of pairs are recognised; encoded ones stay as they are.
+) -> tuple[Any, Any, dict[str, RowSource]]:
+    """Data sets with the columns of the layout; encoded ones stay as they are.
 
     Args:
+        prepare: `DiffusionTrainer.prepare_rows`.
         training: Whether there must be a training data set.
 
     Returns:
-        Data sets for training and for evaluation, and where pairs come from by what messages call the data set:
+        Data sets for training and for evaluation, and where rows come from by what messages call the data set:
         `DatasetEncoder` names the rows whose labels cannot be used together with all others.
 
     Raises:
@@ -88,11 +124,11 @@ def rows_of(
             f"loss_on_mask=True: {family.pipeline_class} takes no mask. Leave the option out, or train a pipeline for "
             f"inpainting: {', '.join(each.pipeline_class for each in all_families() if each.mask_column)}."
         )
-    sources: dict[str, PairSource] = {}
+    sources: dict[str, RowSource] = {}
     if training:
-        train_dataset = rows_of_one(train_dataset, "train_dataset", layout, family, args, sources)
+        train_dataset = rows_of_one(train_dataset, "train_dataset", layout, family, args, prepare, sources)
     evaluated = [
-        rows_of_one(dataset, label, layout, family, args, sources)
+        rows_of_one(dataset, label, layout, family, args, prepare, sources)
         for label, dataset in labelled_datasets(eval_dataset)
     ]
     if isinstance(eval_dataset, dict):
@@ -106,20 +142,19 @@ def rows_of_one(
     layout: Layout,
     family: Family,
     args: DiffusionPreferenceConfig,
-    sources: dict[str, PairSource],
+    prepare: PrepareRows,
+    sources: dict[str, RowSource],
 ) -> Any:
     """`rows_of` one data set.
 
     Args:
         label: How messages call it.
-        sources: Where its pairs come from is added here.
+        sources: Where its rows come from is added here.
     """
     if isinstance(dataset, Encoded):
         return dataset
-    if layout.samples == PAIRS.samples and isinstance(dataset, (Dataset, IterableDataset)):
-        # Rankings are rewritten, which one process does for all.
-        with args.main_process_first():
-            dataset, _, source = convert(dataset, label, args.pair_options())
+    if isinstance(dataset, (Dataset, IterableDataset)):
+        dataset, source = prepare(dataset, label)
         if source is not None:
             sources[label] = source
     check_columns(dataset, label, layout)
@@ -129,13 +164,15 @@ def rows_of_one(
     return dataset
 
 
-def encoded_for_evaluation(eval_dataset: Any, encoder: DatasetEncoder, args: DiffusionPreferenceConfig) -> Any:
+def encoded_for_evaluation(
+    eval_dataset: Any, encoder: DatasetEncoder, args: DiffusionPreferenceConfig, prepare: PrepareRows
+) -> Any:
     """What `evaluate` is given, encoded; the loop gives it each of several data sets once more, or their names."""
     if eval_dataset is None or isinstance(eval_dataset, str):
         return eval_dataset
     if all(encoder.is_encoded(dataset) for _, dataset in named_datasets(eval_dataset)):
         return eval_dataset
-    _, rows, sources = rows_of(None, eval_dataset, encoder.layout, encoder.family, args, training=False)
+    _, rows, sources = rows_of(None, eval_dataset, encoder.layout, encoder.family, args, prepare, training=False)
     return encoder.encode_all(None, rows, args.device, sources)[1]
 
 
@@ -176,7 +213,7 @@ def encoder_for(
             "False."
         )
     if options.buckets.enabled:
-        _check_shuffling(args)
+        check_shuffling(args, "aspect_ratio_buckets makes batches of one shape each", "aspect_ratio_buckets=False")
     elif args.on_aspect_difference != "crop":
         raise ValueError(
             f"on_aspect_difference={args.on_aspect_difference!r} does nothing without buckets, which this run has "
@@ -198,8 +235,12 @@ def _wanted_by_default(
     return unset and several_sizes and family.aspect_ratio_buckets
 
 
-def _check_shuffling(args: DiffusionPreferenceConfig) -> None:
-    """Raises for options of loaders and samplers that batches of one shape each cannot follow.
+def check_shuffling(args: DiffusionPreferenceConfig, batches: str, without: str) -> None:
+    """Raises for options of loaders and samplers that the package's own samplers cannot follow.
+
+    Args:
+        batches: Which option makes what batches, for the message.
+        without: That option with the value that makes others.
 
     Raises:
         ValueError: One of them is set.
@@ -211,10 +252,7 @@ def _check_shuffling(args: DiffusionPreferenceConfig) -> None:
     strategy = getattr(args, "train_sampling_strategy", "random")
     ignored += [f"train_sampling_strategy={strategy!r}"] if strategy != "random" else []
     if ignored:
-        raise ValueError(
-            f"{' and '.join(ignored)}: aspect_ratio_buckets makes batches of one shape each, in random order. Leave "
-            "it out, or set aspect_ratio_buckets=False."
-        )
+        raise ValueError(f"{' and '.join(ignored)}: {batches}, in random order. Leave it out, or set {without}.")
 
 
 def sized_process(
@@ -239,15 +277,22 @@ def _in_buckets(
     collate: Callable[..., Any],
     *,
     training: bool,
+    weights: Tensor | None = None,
 ) -> DataLoader:
-    """This process's batches, each of one size; shuffled for training."""
-    sampler = BucketBatchSampler(
-        dataset.buckets,
-        batch_size,
-        (args.process_index, args.world_size),
-        seed=args.data_seed if training else None,
-        drop_last=training and args.dataloader_drop_last,
-    )
+    """This process's batches, each of one size; shuffled for training, or drawn by the weights of the rows."""
+    process, drop_last = (args.process_index, args.world_size), training and args.dataloader_drop_last
+    if weights is None:
+        seed = args.data_seed if training else None
+        sampler = BucketBatchSampler(dataset.buckets, batch_size, process, seed=seed, drop_last=drop_last)
+    else:
+        sampler = WeightedBatchSampler(
+            dataset.buckets,
+            batch_size,
+            process,
+            seed=cast(int, args.data_seed),
+            weights=weights.numpy(),
+            drop_last=drop_last,
+        )
     if sampler.never_used:
         logger.warning(
             f"dataloader_drop_last=True leaves out {sampler.never_used} of {len(dataset)} rows in every epoch, since "
@@ -270,9 +315,13 @@ def _has_buckets(dataset: Any) -> bool:
     return isinstance(dataset, EncodedDataset) and len(set(dataset.buckets.tolist())) > 1
 
 
-def training_loader(dataset: Any, args: DiffusionPreferenceConfig, collate: Callable[..., Any]) -> Any:
-    """Batches of a data set with buckets; None for others, which transformers loads."""
-    return _in_buckets(dataset, args.train_batch_size, args, collate, training=True) if _has_buckets(dataset) else None
+def training_loader(
+    dataset: Any, args: DiffusionPreferenceConfig, collate: Callable[..., Any], weights: Tensor | None
+) -> Any:
+    """Batches of a data set with buckets, or with weights of its rows; None for others, which transformers loads."""
+    if weights is None and not _has_buckets(dataset):
+        return None
+    return _in_buckets(dataset, args.train_batch_size, args, collate, training=True, weights=weights)
 
 
 def check_one_size(dataset: Any, several_sizes: bool) -> None:

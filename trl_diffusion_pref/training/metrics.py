@@ -72,3 +72,13 @@ def each_row_once(rows: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
     """Rows `(N,)` in order and their values `(N, ...)`; some come twice where processes cannot share them evenly."""
     distinct, first = np.unique(joined(rows), return_index=True)
     return distinct, joined(values)[first]
+
+
+def means_of(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+    """Means of the columns of values `(N, M)`, over the samples that have a value; without the names that none has.
+
+    The loss is one of all samples: a single NaN among them is its mean.
+    """
+    columns = zip(names, values.astype(np.float64).T, strict=True)
+    known = {name: column if name in ("loss", "ema_loss") else column[~np.isnan(column)] for name, column in columns}
+    return {name: float(column.mean()) for name, column in known.items() if len(column)}

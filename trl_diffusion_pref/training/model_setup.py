@@ -22,7 +22,7 @@ from ..families.denoisers import NoiseRouter, parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import weights_fingerprint
 from .config import DiffusionPreferenceConfig
-from .references import REFERENCE_ADAPTER
+from .references import OLD_POLICY_ADAPTER, REFERENCE_ADAPTER
 
 
 logger = get_logger(__name__)
@@ -191,8 +191,9 @@ def make_trainable(
 
 
 def _injected(base: ModelMixin) -> list[str]:
-    """Adapters without a PEFT model around them. An earlier trainer's frozen reference is none to go on with."""
-    return [name for name in getattr(base, "peft_config", {}) if name != REFERENCE_ADAPTER]
+    """Adapters without a PEFT model around them. An earlier trainer's frozen ones are none to go on with."""
+    frozen = (REFERENCE_ADAPTER, OLD_POLICY_ADAPTER)
+    return [name for name in getattr(base, "peft_config", {}) if name not in frozen]
 
 
 def _carried_adapter(base: ModelMixin, model: PeftModel | None) -> PeftModel:

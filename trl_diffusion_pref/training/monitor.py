@@ -1,5 +1,6 @@
 """Watches a run: averages what is logged, stops at NaN and at divergence, and saves before it stops."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ class StepMonitor(TrainerCallback):
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def record(self, model: nn.Module, values: dict[str, Tensor], rows: Tensor, step: int) -> None:
-        """Takes a micro-batch's values `(B,)` by name.
+        """Takes a micro-batch's values `(B,)` by name, NaN where a sample has no such value.
 
         Args:
             step: How many steps were taken before.
@@ -73,10 +74,16 @@ class StepMonitor(TrainerCallback):
                 self.save()
             raise non_finite_error(step + 1, problem, self.checkpointer.output_dir)
         if self.guard is not None:
-            self.guard.record(by_name["mse/chosen"], by_name.get("mse/ref_chosen"), by_name["time"])
-        for name, mean in zip(names, samples.mean(dim=0).tolist(), strict=True):
-            # transformers logs the loss.
-            if name not in ("loss", *UNLOGGED):
+            chosen = ~by_name["mse/chosen"].isnan()
+            reference = by_name.get("mse/ref_chosen")
+            self.guard.record(
+                by_name["mse/chosen"][chosen],
+                None if reference is None else reference[chosen],
+                by_name["time"][chosen],
+            )
+        for name, mean in zip(names, samples.nanmean(dim=0).tolist(), strict=True):
+            # transformers logs the loss. Samples without a value have NaN, which no batch may have throughout.
+            if name not in ("loss", *UNLOGGED) and not math.isnan(mean):
                 self._values[name].append(mean)
 
     def check_weights(self, model: nn.Module, step: int) -> None:

@@ -34,11 +34,39 @@ FALLBACKS: dict[str, dict[str, Recommended]] = {
             ", the nearest audio model, at 32 pairs a step",
         ),
     },
+    "RankDPO": {
+        OTHER: _not_published({"beta": 5000.0, "learning_rate": 2e-5}, "Diffusion-DPO for Stable Diffusion 1.5"),
+        OTHER_FLOW: _not_published({"beta": 100.0, "learning_rate": 1e-5}, "Diffusion-DPO for Stable Diffusion 3.5"),
+        OTHER_AUDIO: _not_published(
+            {"beta": 2000.0, "learning_rate": 9.6e-7}, "Tango 2 (arXiv 2404.09956), a Diffusion-DPO of audio"
+        ),
+    },
     "Self-NPO": {
         OTHER: _not_published(
             {"learning_rate": 1e-6, "weight_decay": 1e-3, "guidance_scale": 0.0}, "Stable Diffusion 1.5"
         )
     },
+    "Diffusion-KTO": {
+        OTHER: _not_published({"beta": 5000.0, "learning_rate": 1e-7}, "Stable Diffusion 1.5"),
+        OTHER_FLOW: _not_published(
+            {"beta": 50.0, "learning_rate": 1e-5},
+            "Diffusion-DPO on Stable Diffusion 3.5",
+            ", whose beta of 100 has a factor 1/2",
+        ),
+        OTHER_AUDIO: _not_published(
+            {"beta": 1000.0, "learning_rate": 9.6e-7},
+            "Diffusion-DPO on audio models",
+            ", whose beta of 2000 has a factor 1/2",
+        ),
+    },
+    "Diffusion-SFT": {
+        OTHER: Recommended(
+            {"learning_rate": 1e-5},
+            "ours: MaPO's; the paper of Diffusion-DPO (arXiv 2311.12908) prints 1e-9 for its comparison",
+        )
+    },
+    "Flow-RWR": {OTHER: _not_published({"learning_rate": 5e-6}, "the paper's video model")},
+    "DiffusionNFT": {OTHER: Recommended({"learning_rate": 1e-5}, "ours: MaPO's; LoRAs take several times as much")},
 }
 
 

@@ -14,7 +14,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
 
-REFERENCE_ADAPTER = "reference"
+REFERENCE_ADAPTER, OLD_POLICY_ADAPTER = "reference", "old_policy"
 
 
 class Reference:
@@ -87,14 +87,19 @@ class Itself(Reference):
 
 
 class FrozenAdapter(Reference):
-    """A frozen copy of an adapter that was trained before; the base model is shared."""
+    """A frozen copy of an adapter that was trained before; the base model is shared.
+
+    Args:
+        model: With the trained adapter active.
+        name: Of the copy, another one for each that a run has.
+    """
 
     module: PeftModel
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, name: str = REFERENCE_ADAPTER) -> None:
         super().__init__(model)
-        self.trained = model.active_adapter
-        model.add_adapter(REFERENCE_ADAPTER, copy.deepcopy(model.peft_config[self.trained]))
+        self.trained, self.name = model.active_adapter, name
+        model.add_adapter(name, copy.deepcopy(model.peft_config[self.trained]))
         self.move_towards(model, 1.0)
         model.set_adapter(self.trained)
 
@@ -104,12 +109,12 @@ class FrozenAdapter(Reference):
         for name, parameter in parameters.items():
             # The last one, and only what has a copy: the model may have a part that is called like the adapter.
             layer, found, rest = f"{name}.".rpartition(f".{self.trained}.")
-            frozen = f"{layer}.{REFERENCE_ADAPTER}.{rest}".rstrip(".")
+            frozen = f"{layer}.{self.name}.{rest}".rstrip(".")
             if found and frozen in parameters:
                 yield frozen, parameters[frozen], parameter
 
     def _switched(self) -> AbstractContextManager[None]:
-        return use_adapter(self.module, REFERENCE_ADAPTER)
+        return use_adapter(self.module, self.name)
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: frozen for name, frozen, _ in self._pairs()}

@@ -64,6 +64,7 @@ def train_in_rounds(
     *,
     rounds: int = 2,
     samples_per_prompt: int = 4,
+    soft_labels: bool | None = None,
     pair_options: Mapping[str, Any] | None = None,
     eval_dataset: Dataset | None = None,
     peft_config: LoraConfig | None = None,
@@ -86,6 +87,9 @@ def train_in_rounds(
         rewards: See `rewards.score`.
         rounds: How often, at least 1. More can be added later by another call.
         samples_per_prompt: In each round.
+        soft_labels: Whether pairs have the probability that chosen is better, the mean over the rewards of
+            `sigmoid(difference / temperature)`, see `make_pairs`. Default: where the loss reads it, which is iREPO's
+            (`DiffusionDPOConfig(loss_type="irepo")`): rounds of its regression on the answers of several rewards.
         pair_options: Further arguments of `make_pairs`, such as `{"strategy": "all", "batch_size": 16}`.
         eval_dataset: Held-out pairs for the trainers.
         peft_config: Trains one LoRA through all rounds.
@@ -115,6 +119,8 @@ def train_in_rounds(
         raise ValueError(f"{trainer_class.__name__} does not train on pairs, which rounds make. Use one that does.")
     edits, named, output = read_edits(prompts), named_rewards(rewards), Path(str(args.output_dir))
     options = {"samples_per_prompt": samples_per_prompt, **(pair_options or {}), **pipeline_kwargs}
+    if soft_labels or (soft_labels is None and args.reads_soft_labels):
+        options.setdefault("soft_labels", True)
     _check_run(
         output,
         {

@@ -130,7 +130,7 @@ class RowCache:
         missing = np.arange(len(dataset))
         if all(gather_object([_fits(unfinished, record)])):
             table = _load(unfinished, record)
-            missing = np.flatnonzero(table[torch.from_numpy(dataset.rows)].flatten(1).isnan().any(dim=1).numpy())
+            missing = np.flatnonzero(table[torch.from_numpy(dataset.rows)].flatten(1).isnan().all(dim=1).numpy())
         total = math.ceil(len(missing) / batch_size / self.accelerator.num_processes)
         bar = {"desc": record["what"], "total": total, "disable": not self.accelerator.is_main_process}
         saved, batches = time.monotonic(), self.batches(dataset.subset(missing), batch_size) if len(missing) else ()

@@ -11,7 +11,6 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
@@ -23,8 +22,8 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..data import PAIRS, Batch, EncodedDataset, EncodedStream, Layout, Mode, data_record
-from ..data.layouts import named_datasets
+from ..data import Batch, EncodedDataset, EncodedStream, Layout, Mode, data_record
+from ..data.pair_source import RowSource
 from ..diffusion.noise import RectifiedFlow
 from ..evaluation import HeldOutPreferences
 from ..export.model_card import write_model_card
@@ -32,10 +31,12 @@ from ..export.weights import lora_config, run_record
 from . import loaders, model_setup, pipelines
 from .callbacks import EpochOfStream, SetEpoch, make_trackers_start
 from .checkpoint import Checkpointer
-from .config import DiffusionPreferenceConfig
+from .config import AnyDataset, DiffusionPreferenceConfig
 from .denoiser import Denoiser
+from .ema import weights_to_evaluate
+from .held_out import held_out_preferences
 from .hub import PushingTrainer, check_token
-from .metrics import UNLOGGED, each_row_once, padded
+from .metrics import UNLOGGED, each_row_once, means_of, padded
 from .modes import Modes
 from .monitor import StepMonitor
 from .plots import plot_run
@@ -100,7 +101,8 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         train_dataset, eval_dataset = loaders.with_condition_columns(train_dataset, eval_dataset, self.family)
         self.layout = loaders.layout_of(self.make_layout(), self.family, train_dataset, eval_dataset)
         self.trains_negative = self.trains_negative or getattr(args, "negative", False)
-        *given, sources = loaders.rows_of(train_dataset, eval_dataset, self.layout, self.family, args)
+        rows = (train_dataset, eval_dataset, self.layout, self.family, args, self.prepare_rows)
+        *given, sources = loaders.rows_of(*rows)
         pipeline = pipelines.load_pipeline(model, args.loading)
         self.encoders = pipelines.encoders_of(model, pipeline, self.family, args.loading)
         self.family.check_complete(pipeline)
@@ -147,11 +149,12 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         self.denoise = Denoiser(self.family, self.accelerator, sharded=shards, loss_on_mask=on_mask)
         self._evaluated: str | None = "eval "  # see `Mode.dataset`
         self.monitor = StepMonitor(args, self.accelerator, self.checkpointer, self._save_now, self.noise_process)
+        if args.use_ema:  # before the monitor, which may save
+            self.add_callback(self.checkpointer.average(self.model, args))
         self.add_callback(self.monitor)
         depends_on = {"negative": self.trains_negative, "prompts": self.encoder.prompts.encoded_with}
         self.row_cache = RowCache(self.accelerator, self.model, self._batches_in_order, args, depends_on)
-        # While the model still has the weights that the run starts from.
-        self.held_out = self._make_held_out()
+        self.held_out = held_out_preferences(self)
         self.setup_step()
 
     # ---- What an algorithm says ----------------------------------------------------------------------------------
@@ -160,11 +163,19 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         """The columns to read; `self.args` and `self.family` are known, weights are not loaded yet."""
         return self.layout
 
+    def prepare_rows(self, dataset: AnyDataset, label: str) -> tuple[AnyDataset, RowSource | None]:
+        """A data set as the user passed it in rows of the layout, and what they were made of; `layout` is known."""
+        return loaders.pairs_of(dataset, label, self.args) if self.layout.is_pairs else (dataset, None)
+
     def check_step(self, peft_config: LoraConfig | None) -> None:
         """Raises where the options do not suit the model; called before anything is encoded."""
 
     def setup_step(self) -> None:
         """Makes what the step needs beside the model: constants of the loss, a reference, a pool."""
+
+    def row_weights(self) -> Tensor | None:
+        """How often training draws each row, relative to others, `(N,)` from 0 on; None: each once in an epoch."""
+        return None
 
     @abstractmethod
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
@@ -182,19 +193,6 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
 
     # ---- Construction --------------------------------------------------------------------------------------------
 
-    def _make_held_out(self) -> HeldOutPreferences | None:
-        """Held-out accuracies of pairs, with the starting weights' likelihoods; None where there are no pairs."""
-        if not self.args.eval_draws or self.layout.samples != PAIRS.samples:
-            return None
-        region = self.denoise.region if self.args.loss_on_mask else None
-        held_out = HeldOutPreferences(self.noise_process, self.args.seed, self.args.eval_draws, region)
-        record = held_out.record(model_setup.starting_fingerprint(self.model, self.checkpointer.record))
-        for name, dataset in named_datasets(self.eval_dataset) if not self.shards_weights else ():
-            held_out.base[f"eval {name}"] = self.row_cache.load_or_compute(
-                dataset, lambda batch: held_out.elbos(self.denoise.of(self.model), batch), record
-            )
-        return held_out
-
     def _batches_in_order(self, dataset: EncodedDataset | EncodedStream, batch_size: int) -> Iterator[Batch]:
         """Every row of an encoded data set, whatever training does with a last batch that is not full."""
         loader = loaders.evaluation_loader(dataset, self.args, self.data_collator, batch_size)
@@ -205,7 +203,9 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The inherited loader knows neither buckets nor how a stream is shared and resumed."""
-        own = self.stream or loaders.training_loader(self.train_dataset, self.args, self.data_collator)
+        if self.stream is not None:
+            return self.stream
+        own = loaders.training_loader(self.train_dataset, self.args, self.data_collator, self.row_weights())
         return own or super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -235,7 +235,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
             ValueError: No complete checkpoint to resume from, or one of another base model or kind of training.
             NonFiniteLossError: NaN or infinite loss.
         """
-        checkpoint = self.checkpointer.to_resume(resume_from_checkpoint, self._unwrapped, sharded=self.shards_weights)
+        checkpoint = self.checkpointer.to_resume(resume_from_checkpoint, self.unwrapped, sharded=self.shards_weights)
         if not self.shards_weights and model_setup.undo_preparation(self.model, self.model_wrapped, self.accelerator):
             self.model_wrapped = self.model
         self.modes = Modes(self.args, self.encoder)
@@ -297,7 +297,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         Noise and timesteps depend on (seed, row) alone, so that two evaluations of the same weights agree.
         """
         model_setup.check_can_evaluate(self.accelerator, trained=self.optimizer is not None)
-        eval_dataset = loaders.encoded_for_evaluation(eval_dataset, self.encoder, self.args)
+        eval_dataset = loaders.encoded_for_evaluation(eval_dataset, self.encoder, self.args, self.prepare_rows)
         self._evaluated = f"eval {eval_dataset or ''}" if isinstance(eval_dataset, str | None) else None
         # All of a batch, padding included; `_mean_metrics` takes each row once. The loop resets it afterwards.
         self.gather_function = self.accelerator.gather
@@ -310,19 +310,21 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
 
         The inherited step finds no labels and would return no loss at all.
         """
-        batch = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            values = self.compute_losses(model, batch, self.modes.evaluation(batch.rows, self._evaluated))
-            if self.held_out is not None:
-                values |= self.held_out.values(self.denoise.of(model), batch, self._evaluated)
-        self._evaluated_names = [name for name in values if name not in UNLOGGED]
-        table = torch.stack([values[name].float() for name in self._evaluated_names], dim=1)
+        batch, values = self._prepare_inputs(inputs), dict[str, Tensor]()
+        for prefix, weights in weights_to_evaluate(self.checkpointer.ema):
+            with weights, torch.no_grad(), self.compute_loss_context_manager():
+                own = self.compute_losses(model, batch, self.modes.evaluation(batch.rows, self._evaluated))
+                if self.held_out is not None:
+                    own |= self.held_out.values(self.denoise.of(model), batch, self._evaluated)
+            values |= {f"{prefix}{name}": value for name, value in own.items() if name not in UNLOGGED}
+        self._evaluated_names = list(values)
+        table = torch.stack([value.float() for value in values.values()], dim=1)
         return None, *padded((table, batch.rows), self.args.eval_batch_size)
 
     def _mean_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         rows, values = each_row_once(prediction.label_ids, prediction.predictions)
-        means = zip(self._evaluated_names, values.astype(np.float64).mean(axis=0).tolist(), strict=True)
-        return {**dict(means), **HeldOutPreferences.interval(self._evaluated_names, values, rows)}
+        means = means_of(self._evaluated_names, values)
+        return {**means, **HeldOutPreferences.interval(self._evaluated_names, values, rows)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
@@ -331,7 +333,8 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
     # ---- Saving, loading, Hub ------------------------------------------------------------------------------------
 
     @property
-    def _unwrapped(self) -> nn.Module:
+    def unwrapped(self) -> nn.Module:
+        """The trained denoiser, or the PEFT model around it, without what accelerate and torch wrap it in."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -348,7 +351,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.checkpointer.output_dir)
-        self.checkpointer.write_weights(self._unwrapped, folder, state_dict, self.args)
+        self.checkpointer.write_weights(self.unwrapped, folder, state_dict, self.args)
         # Last, because PEFT writes a card of its own.
         self.create_model_card(
             (self.checkpointer.output_dir if self.checkpointer.writing else folder).name, folder=folder
@@ -356,17 +359,17 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads diffusers' file names, which the inherited method does not find."""
-        if isinstance(self._unwrapped, PeftModel) or self.is_fsdp_enabled:
+        if isinstance(self.unwrapped, PeftModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self.checkpointer.read_denoiser(self._unwrapped, Path(resume_from_checkpoint))
+            self.checkpointer.read_denoiser(self.unwrapped, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
-        if isinstance(self._unwrapped, PeftModel) or self.shards_weights:
+        if isinstance(self.unwrapped, PeftModel) or self.shards_weights:
             super()._load_best_model()
         else:
-            self.checkpointer.read_denoiser(self._unwrapped, Path(cast(str, self.state.best_model_checkpoint)))
+            self.checkpointer.read_denoiser(self.unwrapped, Path(cast(str, self.state.best_model_checkpoint)))
 
     def create_model_card(  # type: ignore[override]  # TRL's arguments
         self,
@@ -385,7 +388,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
             pipeline=self.encoders.pipeline,
             family=self.family,
             record=self.checkpointer.record,
-            lora=lora_config(self._unwrapped) if isinstance(self._unwrapped, PeftModel) else None,
+            lora=lora_config(self.unwrapped) if isinstance(self.unwrapped, PeftModel) else None,
             args=self.args,
             batch=self.sample_name,
             state=self.state,

@@ -3,23 +3,20 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 
 from ...data import PairOptions
-from ...data.layouts import labelled_datasets
-from ...training.config import PAIR_METRICS, AnyDataset, GuardedConfig, documented
+from ...training.config import PAIR_METRICS
+from ...training.documented import documented
+from ...training.reference_config import ReferenceConfig
 from .loss import DiffusionDPOLossType, DiffusionDPOOptions
-
-
-# Margins that the comparison with the run's own start allows.
-_START_MARGINS = 6
 
 
 @documented
 @dataclass
-class DiffusionDPOConfig(GuardedConfig):
+class DiffusionDPOConfig(ReferenceConfig):
     r"""
-    Configuration of [`DiffusionDPOTrainer`]: the options of [`GuardedConfig`] and transformers'
+    Configuration of [`DiffusionDPOTrainer`]: the options of [`ReferenceConfig`] and transformers'
     [`~transformers.TrainingArguments`], and the following.
 
     > Parameters that control the loss
@@ -49,7 +46,8 @@ class DiffusionDPOConfig(GuardedConfig):
             the pairs that are no ties where `ties="half"`. At the
             default pairs are pulled apart to a margin of 2.9, the logit of 0.95.
         soft_label_column (`str`, *optional*, defaults to `"soft_label"`):
-            Column with the probability that chosen is better, in (0, 1), for `"irepo"`.
+            Column with the probability that chosen is better, in (0, 1) for `"irepo"`, in [0, 1] for
+            `weight_by_soft_label`.
         winner_preserving_mu (`float`, *optional*):
             Switches SDPO's safeguard on, in [0, 1]: the larger, the less the rejected image's gradient may hurt the
             chosen one. Published: 0.9 for SD 1.5 with DPO and DMPO, 0.2 with DSPO, 0.6 for SDXL. Default: off.
@@ -59,33 +57,32 @@ class DiffusionDPOConfig(GuardedConfig):
         margin_clip (`float`, *optional*):
             Largest margin that still has a gradient, positive, so that pairs which are won are not pulled further
             apart. Not for `"dspo"`, whose margins are near 0. Default: none.
-        disable_dropout (`bool`, *optional*, defaults to `True`):
-            Switches dropout off, so that policy and reference differ by their weights alone.
+        rejected_weight (`float`, *optional*, defaults to `1.0`):
+            Factor, in (0, 1], of the rejected image's part `l_l - r_l` of the margin. Below 1, losing the rejected
+            image gains less than learning the chosen one; watch `rewards/chosen`, which should rise. Not for
+            `"dspo"` and `"dspo_sdxl"`. The default is the paper's margin.
+        weight_by_soft_label (`bool`, *optional*, defaults to `False`):
+            Multiplies each pair's margin by `2p - 1` (SmPO), for `"sigmoid"` alone, with p from `soft_label_column`,
+            which the data must have: a pair at 1/2 has no gradient, and one below exchanges its samples. Watch
+            `label_weight`, the mean of `|2p - 1|`, which says how much of the data counts.
+        auto_beta (`bool`, *optional*, defaults to `False`):
+            Chooses beta after every step, in [1, 1e6], so that the mean gradient factor of the last pairs,
+            `sigmoid(-u)`, is `auto_beta_target`, for `"sigmoid"` alone; `beta` is then that of the first steps. beta
+            falls as margins grow, so that nothing slows the run down but the learning rate and the divergence guard.
+            Watch `gradient_factor` and `beta`.
+        auto_beta_target (`float`, *optional*, defaults to `0.2`):
+            Mean gradient factor that `auto_beta` keeps, in (0, 0.5). The default is SimpleTuner's.
+        anchor_weight (`float`, *optional*, defaults to `0.0`):
+            alpha, at least 0, of `alpha/2 (mse(p_w, ref_w) + mse(p_l, ref_l))`, added to the loss to keep predictions
+            near the reference's, which must be called (not `reference="precomputed"`). Watch `anchor`, without alpha.
+            The default is the paper's loss.
+        norm_hinge_weight (`float`, *optional*, defaults to `0.0`):
+            Weight, at least 0, of `max(0, |p| / |ref| - 1)`, the mean over both images, added to the loss: a penalty
+            where the norm of the prediction exceeds the reference's (NormGuard). Watch `norm_ratio`, the mean of
+            `|p| / |ref|`. The default is the paper's loss.
         negative (`bool`, *optional*, defaults to `False`):
             Trains a negative model for `guidance.negative_guidance` (Diffusion-NPO, arXiv 2505.11245): the rejected
             image of each pair is taken as the chosen one and the reverse, in the loss and in every metric.
-
-    > Parameters that control the reference
-
-        reference (`str`, *optional*, defaults to `"auto"`):
-            Where the reference's errors come from: `"adapter_off"` (auto for a new LoRA), `"frozen_adapter"` (auto for
-            an adapter trained before), `"copy"` (auto for full fine-tuning), or `"precomputed"`: the reference's
-            errors are computed once before training for `reference_draws` fixed draws of noise and timestep per pair;
-            training holds no second model.
-        reference_draws (`int`, *optional*, defaults to `8`):
-            Fixed draws per pair of `"precomputed"`, at least 1. Each costs one forward pass per pair before training;
-            with few the model learns them by heart, and the training loss no longer says anything.
-        reference_errors_dir (`str`, *optional*):
-            Folder that keeps the errors of `"precomputed"`; an error if they were made from other weights, data,
-            resolution or seed. Default: the cache folder.
-        sync_ref_model (`bool`, *optional*, defaults to `False`):
-            Moves the reference towards the policy every `ref_model_sync_steps` steps (TR-DPO), so that it can leave
-            the starting weights further. Needs a reference with weights of its own.
-        ref_model_mixup_alpha (`float`, *optional*, defaults to `0.6`):
-            Share of the policy's weights in the moved reference, in (0, 1]; 1 copies them. The default is TRL's and
-            TR-DPO's.
-        ref_model_sync_steps (`int`, *optional*, defaults to `512`):
-            Steps between two moves of the reference, at least 1. The default is TRL's and TR-DPO's.
 
     > Parameters whose default is the authors'
 
@@ -101,28 +98,28 @@ class DiffusionDPOConfig(GuardedConfig):
     """
 
     _ranges = {
-        **GuardedConfig._ranges,
+        **ReferenceConfig._ranges,
         "label_smoothing": "[0, 0.5)",
         "dmpo_alpha": "(0, 1)",
         "soft_label": "(0, 1)",
         "margin_clip": "(0, inf)",
         "winner_preserving_mu": "[0, 1]",
         "sft_weight": "[0, inf)",
-        "reference_draws": "[1, inf)",
-        "ref_model_mixup_alpha": "(0, 1]",
-        "ref_model_sync_steps": "[1, inf)",
+        "rejected_weight": "(0, 1]",
+        "auto_beta_target": "(0, 0.5)",
+        "anchor_weight": "[0, inf)",
+        "norm_hinge_weight": "[0, inf)",
     }
     _effective_with = {
-        **GuardedConfig._effective_with,
+        **ReferenceConfig._effective_with,
         "label_smoothing": ("loss_type", ("sigmoid",)),
         "dmpo_alpha": ("loss_type", ("dmpo",)),
         "soft_label": ("loss_type", ("irepo",)),
-        "soft_label_column": ("loss_type", ("irepo",)),
+        "weight_by_soft_label": ("loss_type", ("sigmoid",)),
+        "rejected_weight": ("loss_type", ("sigmoid", "hinge", "ipo", "dmpo", "irepo")),
+        "auto_beta": ("loss_type", ("sigmoid",)),
+        "auto_beta_target": ("auto_beta", (True,)),
         "margin_clip": ("loss_type", tuple(name for name in get_args(DiffusionDPOLossType) if name != "dspo")),
-        "reference_draws": ("reference", ("precomputed",)),
-        "reference_errors_dir": ("reference", ("precomputed",)),
-        "ref_model_mixup_alpha": ("sync_ref_model", (True,)),
-        "ref_model_sync_steps": ("sync_ref_model", (True,)),
     }
     metric_names = (*PAIR_METRICS, "mse/ref_chosen", "mse/ref_rejected")
 
@@ -136,14 +133,13 @@ class DiffusionDPOConfig(GuardedConfig):
     winner_preserving_mu: float | None = None
     sft_weight: float = 0.0
     margin_clip: float | None = None
-    disable_dropout: bool = True
+    rejected_weight: float = 1.0
+    weight_by_soft_label: bool = False
+    auto_beta: bool = False
+    auto_beta_target: float = 0.2
+    anchor_weight: float = 0.0
+    norm_hinge_weight: float = 0.0
     negative: bool = False
-    reference: Literal["auto", "adapter_off", "frozen_adapter", "copy", "precomputed"] = "auto"
-    reference_draws: int = 8
-    reference_errors_dir: str | None = None
-    sync_ref_model: bool = False
-    ref_model_mixup_alpha: float = 0.6
-    ref_model_sync_steps: int = 512
     learning_rate: float | None = None  # type: ignore[assignment]  # None until the model is known
     weight_decay: float = 1e-2
     prompt_dropout: float = 0.2
@@ -159,7 +155,14 @@ class DiffusionDPOConfig(GuardedConfig):
                 f"beta_schedule='flow' is not defined for loss_type={self.loss_type!r}, where beta is a weight too. "
                 "Use 'constant'."
             )
+        if self.soft_label_column != "soft_label" and not self._uses_soft_labels:
+            raise ValueError(
+                f"soft_label_column={self.soft_label_column!r} does nothing with loss_type={self.loss_type!r}, only "
+                "with loss_type='irepo' or weight_by_soft_label=True. Leave it out, or set one of these."
+            )
         compares_predictions = "winner_preserving_mu" if self.winner_preserving_mu is not None else None
+        if self.norm_hinge_weight:
+            compares_predictions = "norm_hinge_weight"
         if self.loss_type.startswith("dspo"):
             compares_predictions = f"loss_type={self.loss_type!r}"
         if self.loss_on_mask and compares_predictions is not None:
@@ -172,30 +175,25 @@ class DiffusionDPOConfig(GuardedConfig):
                 f"loss_type={self.loss_type!r} needs the reference's predictions, and reference='precomputed' keeps "
                 "errors only. Use another reference."
             )
-        if self.sync_ref_model and self.reference in ("precomputed", "adapter_off"):
+        if self.reference == "precomputed" and self.anchor_weight:
             raise ValueError(
-                f"sync_ref_model moves the reference's weights, which reference={self.reference!r} does not have. Use "
-                "reference='copy' or 'frozen_adapter'."
+                f"anchor_weight={self.anchor_weight} needs the reference's predictions, and reference='precomputed' "
+                "keeps numbers only. Use another reference, or norm_hinge_weight, which needs one number of each."
             )
 
-    def check_data(
-        self, train_dataset: AnyDataset | None, eval_dataset: AnyDataset | dict[str, AnyDataset] | None
-    ) -> None:
-        super().check_data(train_dataset, eval_dataset)
-        for label, dataset in [("train_dataset", train_dataset), *labelled_datasets(eval_dataset)]:
-            if self.reference == "precomputed" and isinstance(dataset, IterableDataset):
-                raise ValueError(
-                    f"reference='precomputed' needs data sets of known rows, and {label} is streamed. Use another "
-                    "reference, or store the data."
-                )
+    @property
+    def _uses_soft_labels(self) -> bool:
+        return self.loss_type == "irepo" or self.weight_by_soft_label
 
     @property
     def reads_soft_labels(self) -> bool:
-        return self.loss_type == "irepo" and self.soft_label_column == "soft_label"
+        return self._uses_soft_labels and self.soft_label_column == "soft_label"
 
     def pair_options(self) -> PairOptions:
         options = super().pair_options()
-        return replace(options, soft_label=self.soft_label) if self.ties == "half" else options
+        if self.ties == "half" and self.loss_type == "irepo":
+            return replace(options, soft_label=self.soft_label)
+        return options
 
     def check_rows(self, dataset: Dataset, label: str) -> None:
         super().check_rows(dataset, label)
@@ -209,12 +207,6 @@ class DiffusionDPOConfig(GuardedConfig):
                     "loss_type='irepo' takes its logit, which would be infinite. Clip the column, say to 0.02..0.98: "
                     f"load_pairs(...).map(lambda row: {{{column!r}: min(max(row[{column!r}], 0.02), 0.98)}})."
                 )
-
-    def divergence_margins(self) -> dict[str, float | None]:
-        # A reference that moves hides that the model gets worse slowly; the run's own start does not. Other samples
-        # stand on the two sides of that comparison, so more is allowed.
-        start_margin = _START_MARGINS * self.divergence_margin if self.sync_ref_model else None
-        return {"reference_margin": self.divergence_margin, "start_margin": start_margin}
 
     def check_filled_in(self) -> None:
         # While beta is None, any that is allowed stands for it, so that the other options are checked.

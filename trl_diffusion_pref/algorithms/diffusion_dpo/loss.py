@@ -73,6 +73,7 @@ def diffusion_dpo_logits(
     *,
     beta: float | Tensor,
     margin_clip: float | None,
+    rejected_weight: float = 1.0,
 ) -> Tensor:
     """Implicit reward margin of each pair, `-(beta/2) ((l_w - l_l) - (r_w - r_l))` (arXiv 2311.12908, equation 46).
 
@@ -80,9 +81,10 @@ def diffusion_dpo_logits(
         chosen_error, rejected_error: `(B,)` mean squared denoising errors l of the model that is trained.
         ref_chosen_error, ref_rejected_error: `(B,)` errors r of the reference, same noise and timesteps.
         beta: In the convention of the authors' code: errors are means over the latent's elements, and the 1/2 stands.
-            One for all pairs, or `(B,)` floating, >= 0, one for each, as from `flow_dpo_beta`.
+            One for all pairs, or `(B,)` floating, one for each, as from `flow_dpo_beta` and `soft_label_beta`.
         margin_clip: Margins above this have no gradient, so that a pair which is won is not pulled further apart; the
             cheapest way to do that is to wreck the rejected image's likelihood. None leaves them.
+        rejected_weight: Factor of the rejected images' difference `l_l - r_l`, in (0, 1]; 1 is the published margin.
 
     Returns:
         `(B,)` float32.
@@ -97,7 +99,7 @@ def diffusion_dpo_logits(
         beta = beta.float()
     chosen, rejected, ref_chosen, ref_rejected = (error.float() for error in errors)
     # Each image against its reference first: these differences are small, and exactly 0 at the start.
-    logits = -(beta / 2) * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    logits = -(beta / 2) * ((chosen - ref_chosen) - rejected_weight * (rejected - ref_rejected))
     return logits if margin_clip is None else logits.clamp(max=margin_clip)
 
 
@@ -115,6 +117,22 @@ def flow_dpo_beta(t: Tensor, beta: float) -> Tensor:
         `(B,)` float32 in [0, beta].
     """
     return beta * (1 - t.float()).square()
+
+
+def soft_label_beta(soft_labels: Tensor, beta: float | Tensor) -> Tensor:
+    """SmPO's `(2p - 1) beta` (arXiv 2506.02698), so that a pair's margin counts as much as its label is certain.
+
+    The released code multiplies by 10 besides, which is a matter of beta.
+
+    Args:
+        soft_labels: `(B,)` probabilities p, in [0, 1], that chosen is better. A pair at 1/2 has no gradient, one below
+            has its samples exchanged.
+        beta: One for all pairs, or `(B,)`.
+
+    Returns:
+        `(B,)` float32 in [-beta, beta].
+    """
+    return (2 * soft_labels.float() - 1) * beta
 
 
 def diffusion_dpo_loss(
@@ -231,3 +249,24 @@ def preserve_winner(
     factor = ((1 - mu) * chosen.square().sum() / product).clamp(0, 1)
     factor = torch.where(product > 0, factor, torch.ones_like(factor))
     return factor * rejected_error + (1 - factor) * rejected_error.detach()
+
+
+def root_mean_square(prediction: Tensor) -> Tensor:
+    """The norm of each prediction, `(B, ...)`, over the root of its number of elements: `(B,)` float32."""
+    return prediction.float().flatten(1).square().mean(dim=1).sqrt()
+
+
+def norm_excess(norm: Tensor, ref_norm: Tensor) -> Tensor:
+    """By how much the norms of predictions exceed the reference's: `max(0, |p| / |p_ref| - 1)`.
+
+    NormGuard (arXiv 2606.27771) has a hinge at the reference's norm, which preference training inflates by 5 to 15 %.
+    Its code was not released. Relative to the reference's norm is a choice made here: the penalty then has the same
+    size at all times and for all models.
+
+    Args:
+        norm, ref_norm: `(B,)`, of `root_mean_square`, on the same noise and times.
+
+    Returns:
+        `(B,)` float32, at least 0, without gradient where the norm is at most the reference's.
+    """
+    return functional.relu(norm.float() / ref_norm.float().clamp(min=torch.finfo(torch.float32).tiny) - 1)

@@ -7,20 +7,16 @@ from typing import Any, cast
 import torch
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
-from trl.trainer.utils import disable_dropout_in_model
 
-from ...data import PAIRS, Batch, Layout, Mode, NoisyBatch, corrupt, halves
-from ...data.layouts import Between, named_datasets
+from ...data import PAIRS, Batch, Layout, Mode, corrupt, halves
+from ...data.layouts import Between
 from ...diffusion.noise import RectifiedFlow
-from ...fingerprint import weights_fingerprint
-from ...training.callbacks import MoveReference
+from ...training.held_reference import HeldReference
 from ...training.metrics import pair_metrics
-from ...training.model_setup import starting_fingerprint
-from ...training.pipelines import load_reference_model
-from ...training.references import AdapterOff, FrozenModel, Reference, make_reference, resolve_reference
 from ...training.trainer import DiffusionTrainer
+from .auto_beta import AutomaticBeta
 from .config import DiffusionDPOConfig
 from .loss import (
     DiffusionDPOOptions,
@@ -29,9 +25,11 @@ from .loss import (
     dspo_loss,
     flow_dpo_beta,
     implicit_rewards,
+    norm_excess,
     preserve_winner,
+    root_mean_square,
+    soft_label_beta,
 )
-from .precomputed import PrecomputedErrors
 
 
 class DiffusionDPOTrainer(DiffusionTrainer):
@@ -54,8 +52,6 @@ class DiffusionDPOTrainer(DiffusionTrainer):
     """
 
     args: DiffusionDPOConfig
-    train_dataset: Any
-    reference: Reference
     config_class = DiffusionDPOConfig
     layout = PAIRS
     sample_name = "pairs"
@@ -85,125 +81,80 @@ class DiffusionDPOTrainer(DiffusionTrainer):
         ref_model: str | os.PathLike | DiffusionPipeline | nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        kind = getattr(args, "reference", "auto")
-        if ref_model is not None and kind not in ("auto", "precomputed"):
-            raise ValueError(
-                f"ref_model was passed, but args.reference={kind!r} makes another reference. Leave one out."
-            )
-        self._ref_model = ref_model
+        self.reference = HeldReference(ref_model, args)
         super().__init__(model, args, train_dataset, eval_dataset, **kwargs)
 
     # ---- Before the first step -----------------------------------------------------------------------------------
 
     def make_layout(self) -> Layout:
-        if not self._is_irepo:
-            return PAIRS
         column = self.args.soft_label_column
-        return replace(PAIRS, optional_scalars=(column,), ranges={column: Between(0, 1)})
+        if self.args.weight_by_soft_label:
+            return replace(PAIRS, scalars=(column,), ranges={column: Between(0, 1)})
+        if self._is_irepo:
+            return replace(PAIRS, optional_scalars=(column,), ranges={column: Between(0, 1)})
+        return PAIRS
 
     @property
     def _is_irepo(self) -> bool:
         return self.args.loss_type == "irepo"
 
+    @property
+    def _compares_predictions(self) -> bool:
+        return self.args.loss_type in ("dspo", "dspo_sdxl") or self.args.anchor_weight > 0
+
     def check_step(self, peft_config: LoraConfig | None) -> None:
-        args, lora = self.args, peft_config is not None or self.carried_adapter
-        if args.beta_schedule == "flow" and not isinstance(self.noise_process, RectifiedFlow):
+        if self.args.beta_schedule == "flow" and not isinstance(self.noise_process, RectifiedFlow):
             raise ValueError(
                 f"beta_schedule='flow' is for flow models, and the {type(self.pipeline).__name__}'s "
                 f"{type(self.pipeline.scheduler).__name__} makes it a variance-preserving one. Use 'constant'."
             )
-        kind = resolve_reference(args.reference, lora=lora, carried=self.carried_adapter)
-        if args.sync_ref_model and args.shards_weights:
-            raise ValueError(
-                "sync_ref_model is not supported with FSDP and DeepSpeed, whose checkpoints leave it out."
-            )
-        if kind == "precomputed" and args.shards_weights:
-            raise ValueError(
-                "reference='precomputed' needs the whole model before training, which no process holds with FSDP and "
-                "DeepSpeed. Use DDP, or another reference."
-            )
-        if self._ref_model is not None:
-            own = self.family.denoiser(self.pipeline)
-            self._ref_model = load_reference_model(self._ref_model, own, self.family, args)
-        if args.sync_ref_model and self._ref_model is not None and lora:
-            raise ValueError("sync_ref_model moves ref_model towards the trained weights, and a LoRA has others.")
-        if args.sync_ref_model and self._ref_model is None and kind == "adapter_off":
-            raise ValueError(
-                "sync_ref_model moves the reference's weights, and the reference of a new LoRA is the base model "
-                "itself. Use reference='frozen_adapter'."
-            )
+        self.reference.check(self, peft_config)
 
     def setup_step(self) -> None:
-        args, lora = self.args, isinstance(self.model, PeftModel)
+        args = self.args
         self.options = DiffusionDPOOptions(
             args.loss_type, cast(float, args.beta), args.label_smoothing, args.dmpo_alpha, args.margin_clip
         )
-        if args.disable_dropout:
-            disable_dropout_in_model(self.model)
-        kind = resolve_reference(args.reference, lora=lora, carried=self.carried_adapter)
-        if self._ref_model is not None:
-            self.reference = FrozenModel(cast(nn.Module, self._ref_model).to(args.device), self.accelerator)
-            self._ref_model = None
-        else:
-            # Precomputed or not, the reference of a new LoRA is the base.
-            new_lora = kind == "precomputed" and lora and not self.carried_adapter
-            self.reference = make_reference("adapter_off" if new_lora else kind, self.model, self.accelerator)
-        self.precomputed = self._precompute() if kind == "precomputed" else None
-        if args.sync_ref_model:
-            self.checkpointer.parts["reference"] = self.reference
-            alpha, every = args.ref_model_mixup_alpha, args.ref_model_sync_steps
-            self.add_callback(MoveReference(self.reference, lambda: self._unwrapped, alpha, every))
-
-    def _precompute(self) -> PrecomputedErrors:
-        if isinstance(self.reference, FrozenModel):
-            weights = weights_fingerprint(self.reference.module)
-        elif isinstance(self.reference, AdapterOff):
-            weights = self.checkpointer.record["base_fingerprint"]
-        else:
-            weights = starting_fingerprint(self.model, self.checkpointer.record)
-        record: dict[str, Any] = {
-            "weights": weights,
-            "noise process": self.noise_process.describe(training_times=True),
-            "resolution": list(self.encoder.preparation.shape),
-        }
-        if self.args.loss_on_mask:
-            record["loss_on_mask"] = True
-        errors = PrecomputedErrors(self.args, self._reference_errors, self.row_cache, record)
-        none = torch.empty(0, dtype=torch.int64)
-        errors.compute("train", self.train_dataset, self.modes.training(none, 0))
-        for name, dataset in named_datasets(self.eval_dataset):
-            errors.compute(f"eval {name}", dataset, self.modes.evaluation(none, None))
-        # accelerate keeps what it prepared, and would keep a model of the user's in memory.
-        self.reference = None  # type: ignore[assignment]  # nothing asks for it any more
-        self.accelerator.free_memory()
-        return errors
+        norm = {"norm": lambda prediction, noisy: root_mean_square(prediction)}
+        self.reference.setup(self, also=norm if args.norm_hinge_weight else None)
+        self.auto_beta: AutomaticBeta | None = None
+        if args.auto_beta:
+            self.auto_beta = AutomaticBeta(self.options.beta, args.auto_beta_target)
+            self.checkpointer.parts["auto_beta"] = self.auto_beta
+            self.add_callback(self.auto_beta)
 
     # ---- One batch -----------------------------------------------------------------------------------------------
 
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         args, options = self.args, self.options
-        ref_prediction = ref_errors = None
-        if self.precomputed is not None:
-            mode, ref_errors = self.precomputed.at_stored_draws(batch, mode)
+        mode = self.reference.at_stored_draws(batch, mode)
         noisy = corrupt(batch, mode, self.noise_process)
-        beta: float | Tensor = options.beta
+        beta: float | Tensor = options.beta if self.auto_beta is None else self.auto_beta.beta
         if args.beta_schedule == "flow":
-            beta = flow_dpo_beta(halves(self.noise_process.time_fraction(noisy.model_time))[0], options.beta)
+            beta = flow_dpo_beta(halves(self.noise_process.time_fraction(noisy.model_time))[0], cast(float, beta))
 
         prediction = self.denoise(model, noisy)
-        errors = halves(self.denoise.error(prediction, noisy))
-        if ref_errors is None:
-            ref_prediction = self._reference_prediction(noisy)
-            ref_errors = halves(self.denoise.error(ref_prediction, noisy))
+        chosen_error, rejected_error = errors = halves(self.denoise.error(prediction, noisy))
+        ref_prediction = self.reference.prediction(noisy) if self._compares_predictions else None
+        if ref_prediction is None:
+            of_reference = self.reference.values(batch, mode, noisy)
+        else:
+            of_reference = self.reference.values_of(ref_prediction, noisy)
+        ref_errors = halves(of_reference["error"])
 
-        chosen_error, rejected_error = errors
         if args.winner_preserving_mu is not None:
             residuals = halves(prediction - noisy.target)
             rejected_error = preserve_winner(rejected_error, *residuals, mu=args.winner_preserving_mu)
+        pair_beta = soft_label_beta(batch.scalars[args.soft_label_column], beta) if args.weight_by_soft_label else beta
         logits = diffusion_dpo_logits(
-            chosen_error, rejected_error, *ref_errors, beta=beta, margin_clip=options.margin_clip
+            chosen_error,
+            rejected_error,
+            *ref_errors,
+            beta=pair_beta,
+            margin_clip=options.margin_clip,
+            rejected_weight=args.rejected_weight,
         )
-        if ref_prediction is not None and options.loss_type in ("dspo", "dspo_sdxl"):
+        if ref_prediction is not None and args.loss_type.startswith("dspo"):
             chosen, target, ref_chosen = (halves(values)[0] for values in (prediction, noisy.target, ref_prediction))
             loss = dspo_loss(chosen, target, ref_chosen, logits, options)
         else:
@@ -211,15 +162,29 @@ class DiffusionDPOTrainer(DiffusionTrainer):
             loss = diffusion_dpo_loss(logits, options, soft_labels)
         loss = loss + args.sft_weight * chosen_error
 
+        of_aids: dict[str, Tensor] = {}
+        if args.weight_by_soft_label:
+            of_aids["label_weight"] = soft_label_beta(batch.scalars[args.soft_label_column], 1.0).abs()
+        if ref_prediction is not None and args.anchor_weight:
+            distances = self.denoise.error(prediction, replace(noisy, target=ref_prediction))
+            of_aids["anchor"] = anchor = _mean_of_both(distances)
+            loss = loss + args.anchor_weight * anchor
+        if args.norm_hinge_weight:
+            norm, ref_norm = root_mean_square(prediction), of_reference["norm"]
+            of_aids["norm_ratio"] = _mean_of_both(norm / ref_norm)
+            loss = loss + args.norm_hinge_weight * _mean_of_both(norm_excess(norm, ref_norm))
+        if self.auto_beta is not None:
+            of_aids["beta"] = torch.full_like(logits, self.auto_beta.beta)
+            of_aids["gradient_factor"] = torch.sigmoid(-logits)
+            if mode.training:
+                self.auto_beta.record(logits / self.auto_beta.beta)
+
         rewards = implicit_rewards(errors, ref_errors, beta)
         values = pair_metrics(loss, rewards, errors, noisy.model_time)
-        return {**values, "mse/ref_chosen": ref_errors[0], "mse/ref_rejected": ref_errors[1]}
+        values |= {"mse/ref_chosen": ref_errors[0], "mse/ref_rejected": ref_errors[1]}
+        return values | {name: value.detach() for name, value in of_aids.items()}
 
-    def _reference_prediction(self, noisy: NoisyBatch) -> Tensor:
-        with self.reference.applied() as module:
-            return self.denoise(module, noisy)
 
-    def _reference_errors(self, batch: Batch, mode: Mode) -> Tensor:
-        """`(2B,)`, for precomputing."""
-        noisy = corrupt(batch, mode, self.noise_process)
-        return self.denoise.error(self._reference_prediction(noisy), noisy)
+def _mean_of_both(values: Tensor) -> Tensor:
+    """`(B,)`, the means of chosen and rejected, from `(2B,)`."""
+    return values.unflatten(0, (2, -1)).mean(dim=0)

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from ...data import Batch, Layout, Mode, NoisyBatch, with_dropout
+from ...data.layouts import sample_column
 from ...diffusion.elbo import denoising_error
 from ...diffusion.randomness import SampleKey, generator_for
 from ...diffusion.trajectories import Predict, advance, clean_estimate, combine_guidance
@@ -103,9 +104,7 @@ class SelfNPOTrainer(DiffusionTrainer):
     def make_layout(self) -> Layout:
         if self.args.start == "noise":
             return Layout()
-        # The column image of pairs for editing is what the model is conditioned on.
-        edits = self.family.modality in self.family.condition_images
-        return Layout(samples=(f"edited_{self.family.modality}" if edits else self.family.modality,))
+        return Layout(samples=(sample_column(self.family),))
 
     def check_step(self, peft_config: LoraConfig | None) -> None:
         if self.args.denoiser is not None and self.family.trained_times(self.encoders.pipeline) != (0.0, 1.0):
@@ -133,7 +132,7 @@ class SelfNPOTrainer(DiffusionTrainer):
         self.teacher = self._make_teacher()
         if args.teacher == "ema":
             self.checkpointer.parts["reference"] = self.teacher
-            self.add_callback(MoveReference(self.teacher, lambda: self._unwrapped, 1 - args.ema_decay))
+            self.add_callback(MoveReference(self.teacher, lambda: self.unwrapped, 1 - args.ema_decay))
         # What a stored trajectory's place and latents depend on.
         self.pool = TrajectoryPool(
             args.device,
