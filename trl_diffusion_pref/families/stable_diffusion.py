@@ -35,6 +35,11 @@ class StableDiffusionFamily(Family):
             "released Self-NPO code (arXiv 2505.11777), at 20 images a step and GPU; for Stable Diffusion 1.5, and "
             "nothing was published for 2.x",
         ),
+        "Diffusion-KTO": Recommended(
+            {"beta": 5000.0, "learning_rate": 1e-7},
+            "the paper (arXiv 2404.04465), at 8 images a step; the released code's default beta is 1000; for Stable "
+            "Diffusion 1.5, and nothing was published for 2.x",
+        ),
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:

@@ -52,6 +52,10 @@ class WanFamily(VideoFamily):
             {"beta": 500.0, "learning_rate": 5e-6},
             "Flow-DPO's paper (arXiv 2501.13918, Table 10), for a video model: LoRA of rank 64, 64 pairs a step",
         ),
+        "Flow-RWR": Recommended(
+            {"learning_rate": 5e-6},
+            "the paper (arXiv 2501.13918, Table 10), for a video model: LoRA of rank 64, 64 samples a step",
+        ),
     }
 
     def takes_denoiser(self, denoiser: ModelMixin) -> bool:

@@ -55,6 +55,26 @@ def _restored(layers: Iterable[BaseTunerLayer]) -> Iterator[None]:
             _activate(layer, active, disabled)
 
 
+@contextmanager
+def without_adapters(denoiser: nn.Module) -> Iterator[None]:
+    """Switches a denoiser's adapters off, and afterwards on again as they were.
+
+    Raises:
+        ValueError: They are fused.
+    """
+    layers = _unfused_layers(denoiser)
+    # Switching adapters on again makes them trainable.
+    trainable = [(each, each.requires_grad) for each in denoiser.parameters()] if layers else []
+    try:
+        with _restored(layers.values()):
+            for layer in layers.values():
+                _activate(layer, list(layer.active_adapters), disabled=True)
+            yield
+    finally:
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+
+
 class NegativeAdapter:
     """The adapters of the negative side: the user's own and, if there is one, the negative LoRA.
 

@@ -1,28 +1,22 @@
 """Classifier-free guidance with a negative model, inside an ordinary diffusers pipeline."""
 
-import functools
 import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..families.base import GuidanceLayout
 from .adapters import NegativeAdapter
+from .calls import UNCONDITIONAL, WrappedForward, calling_frame, is_both_sides, passes_the_negative_prompt
 from .checks import MARK, check_guidable, known_layout, warn_of_another_base
 from .halves import join_halves, take_half
 from .second_denoiser import merged_denoiser
 from .sources import Model, Negative, denoiser_names, families, guided_family, read_negatives
-
-
-# How pipelines name their calls on the unconditional side; the second of those with a guider.
-_UNCONDITIONAL = ("uncond", "pred_uncond")
 
 
 class NegativeGuidance:
@@ -66,9 +60,10 @@ class NegativeGuidance:
         if negative.denoiser is not None or (base is not None and alpha != 1.0):
             self.second = merged_denoiser(self.denoiser, base, negative.denoiser, alpha, beta)
         self._adapter = NegativeAdapter(pipeline, self.second or self.denoiser, negative)
-        # Switching adapters changes the denoiser for all threads; which side a call is on belongs to its thread.
-        self._lock, self._thread = threading.RLock(), threading.local()
-        self._install()
+        # Switching adapters changes the denoiser for all threads.
+        self._lock = threading.RLock()
+        self._wrapped = WrappedForward(self.denoiser, self._forward)
+        setattr(self.denoiser, MARK, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NegativeGuidance":
         raise TypeError(
@@ -88,69 +83,33 @@ class NegativeGuidance:
             for other in vars(self).get("others", ()):
                 setattr(other, name, value)
 
-    # ---- Wrapping ------------------------------------------------------------------------------------------------
-
-    def _install(self) -> None:
-        denoiser = self.denoiser
-        own = vars(denoiser)
-        # Offloading wraps too, keeps what it wrapped under this name, and is taken off and put on again after each
-        # image. This wrapper goes inside, where it survives that.
-        place = "_old_forward" if "_old_forward" in own else "forward"
-        replaced = ("cache_context",) if "_old_forward" in own else ("forward", "cache_context")
-        self._own_before = {name: own[name] for name in replaced if name in own}
-        original = getattr(denoiser, place)
-        # The signature stays readable: pipelines look at it.
-        self._wrapped = functools.partial(self._forward, original)
-        functools.update_wrapper(self._wrapped, original)
-        setattr(denoiser, place, self._wrapped)
-        if hasattr(denoiser, "cache_context"):
-            own["cache_context"] = functools.partial(self._cache_context, denoiser.cache_context)
-        setattr(denoiser, MARK, self)
-
     def remove(self) -> None:
         """Restores the pipeline exactly; does nothing the second time."""
         for other in self.others:
             other.remove()
-        denoiser = self.denoiser
-        own = vars(denoiser)
-        if own.get(MARK) is not self:
+        if vars(self.denoiser).get(MARK) is not self:
             return
-        if own.get("_old_forward") is self._wrapped:
-            denoiser._old_forward = self._wrapped.args[0]
-        elif own.get("forward") is self._wrapped:
-            del denoiser.forward
-        own.pop("cache_context", None)
-        delattr(denoiser, MARK)
-        for name, value in self._own_before.items():
-            own.setdefault(name, value)
+        self._wrapped.remove()
+        delattr(self.denoiser, MARK)
         if self.second is None:
             self._adapter.remove()
         self.second = None
 
-    @contextmanager
-    def _cache_context(self, original: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
-        before, self._thread.call = getattr(self._thread, "call", None), name
-        try:
-            with original(name, **kwargs):
-                yield
-        finally:
-            self._thread.call = before
-
     # ---- One call ------------------------------------------------------------------------------------------------
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        frame = _calling_frame()
+        frame = calling_frame()
         caller = None if frame is None else frame.f_locals["self"]
         if caller is not None and type(caller) is not type(self.pipeline):
             self._check_layout(caller)
         with self._lock:
             if self.layout == "separate":
-                name = getattr(self._thread, "call", None)
-                negative = _passes_the_negative_prompt(frame, args, kwargs) if name is None else name in _UNCONDITIONAL
+                name = self._wrapped.call
+                negative = passes_the_negative_prompt(frame, args, kwargs) if name is None else name in UNCONDITIONAL
                 return self._negative(original, args, kwargs) if negative else original(*args, **kwargs)
             sample = self._sample(args, kwargs)
             parts, lists = 3 if self.layout == "positive_of_three" else 2, isinstance(sample, list)
-            if not _is_both_sides(sample, parts, caller):
+            if not is_both_sides(sample, parts, caller):
                 return original(*args, **kwargs)
             count = len(sample) // parts
             how: dict[str, Any] = {"lists": lists, "first": count, "batch_second": self._batch_second}
@@ -185,53 +144,6 @@ class NegativeGuidance:
                 "not known to call the denoiser in the same way. Remove the guidance before using it, or load it with "
                 "a denoiser of its own."
             )
-
-
-def _calling_frame() -> FrameType | None:
-    """The frame of the pipeline's `__call__` in this thread; None where the denoiser is called directly."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def _passes_the_negative_prompt(frame: FrameType | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a pipeline that names neither of its two calls passes the negative prompt in this one.
-
-    All pipelines of diffusers keep it in a variable `negative_prompt_embeds` of their `__call__`.
-
-    Raises:
-        ValueError: Both sides have the same embeddings, so that nothing tells them apart.
-    """
-    values = {} if frame is None else frame.f_locals
-    negative = values.get("negative_prompt_embeds")
-    if negative is None or not any(value is negative for value in (*args, *kwargs.values())):
-        return False
-    if not getattr(values["self"], "do_classifier_free_guidance", True):
-        return False
-    if negative is values.get("prompt_embeds"):
-        raise ValueError(
-            "prompt_embeds and negative_prompt_embeds are one tensor, and nothing else tells on which side of the "
-            "guidance this pipeline calls its denoiser. Pass negative_prompt_embeds=prompt_embeds.clone()."
-        )
-    return True
-
-
-def _is_both_sides(sample: Tensor | list[Tensor], parts: int, caller: DiffusionPipeline | None) -> bool:
-    """Whether a call is on both sides of the guidance: the same latents twice, or on two of three parts.
-
-    Some pipelines do not say whether guidance is on, and some call once more on one side (Stable Diffusion 3 with
-    skipped layers).
-    """
-    if len(sample) % parts or not getattr(caller, "do_classifier_free_guidance", True):
-        return False
-    count = len(sample) // parts
-    first, second = sample[:count], sample[count : 2 * count]
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second)
-    return all(map(torch.equal, first, second))
 
 
 def _checked(name: str, value: float) -> float:

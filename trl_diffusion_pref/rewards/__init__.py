@@ -10,6 +10,9 @@ It is the convention of TRL's `reward_funcs`, so that a function of the user's o
     score([PickScore(), brightness], prompts, images)  # {"pickscore": [...], "brightness": [...]}
 
 Models are loaded when a reward is first called, from the Hub or from a folder, and leave the device after each call.
+
+A `LatentReward` is another kind: it rates noisy latents with the denoiser's own features, so that sampling can follow
+its gradient (`guidance.reward_guidance`); `train_latent_reward` makes it from pairs.
 """
 
 from importlib import import_module
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from .hps import HPS
     from .http import HTTPReward
     from .image_reward import ImageReward
+    from .latent import LatentReward
+    from .latent_training import latent_reward_accuracy, train_latent_reward
     from .model_reward import ModelReward
     from .openai_server import OpenAIServerReward
     from .pickscore import PickScore
@@ -41,6 +46,7 @@ __all__ = [
     "HPS",
     "HTTPReward",
     "ImageReward",
+    "LatentReward",
     "ModelReward",
     "OpenAIServerReward",
     "PickScore",
@@ -49,8 +55,10 @@ __all__ = [
     "VideoReward",
     "VisionLanguageReward",
     "combine",
+    "latent_reward_accuracy",
     "reward_name",
     "score",
+    "train_latent_reward",
 ]
 
 # Each is imported when it is first used: together they import five models of transformers.
@@ -61,6 +69,7 @@ _MODULES = {
     "HPS": "hps",
     "HTTPReward": "http",
     "ImageReward": "image_reward",
+    "LatentReward": "latent",
     "ModelReward": "model_reward",
     "OpenAIServerReward": "openai_server",
     "PickScore": "pickscore",
@@ -69,8 +78,10 @@ _MODULES = {
     "VideoReward": "video_reward",
     "VisionLanguageReward": "vision_language",
     "combine": "combined",
+    "latent_reward_accuracy": "latent_training",
     "reward_name": "scoring",
     "score": "scoring",
+    "train_latent_reward": "latent_training",
 }
 
 
