@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from .algorithms import TRAINERS
     from .algorithms.diffusion_dpo.config import DiffusionDPOConfig
     from .algorithms.diffusion_dpo.trainer import DiffusionDPOTrainer
+    from .algorithms.diffusion_kto.config import DiffusionKTOConfig
+    from .algorithms.diffusion_kto.trainer import DiffusionKTOTrainer
+    from .algorithms.diffusion_nft.config import DiffusionNFTConfig
+    from .algorithms.diffusion_nft.trainer import DiffusionNFTTrainer
+    from .algorithms.diffusion_sft.config import DiffusionSFTConfig
+    from .algorithms.diffusion_sft.trainer import DiffusionSFTTrainer
+    from .algorithms.flow_rwr.config import FlowRWRConfig
+    from .algorithms.flow_rwr.trainer import FlowRWRTrainer
     from .algorithms.mapo.config import MaPOConfig
     from .algorithms.mapo.trainer import MaPOTrainer
+    from .algorithms.rank_dpo.config import RankDPOConfig
+    from .algorithms.rank_dpo.trainer import RankDPOTrainer
     from .algorithms.self_npo.config import SelfNPOConfig
     from .algorithms.self_npo.trainer import SelfNPOTrainer
     from .data.encoded import EncodedDataset, load_encoded_dataset
@@ -32,12 +42,22 @@ __all__ = [
     "DatasetInspection",
     "DiffusionDPOConfig",
     "DiffusionDPOTrainer",
+    "DiffusionKTOConfig",
+    "DiffusionKTOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
     "DivergenceError",
     "EncodedDataset",
+    "FlowRWRConfig",
+    "FlowRWRTrainer",
     "MaPOConfig",
     "MaPOTrainer",
     "MemoryEstimate",
     "NonFiniteLossError",
+    "RankDPOConfig",
+    "RankDPOTrainer",
     "SampleCallback",
     "SelfNPOConfig",
     "SelfNPOTrainer",
@@ -58,12 +78,22 @@ _MODULES = {
     "DatasetInspection": "inspection",
     "DiffusionDPOConfig": "algorithms.diffusion_dpo.config",
     "DiffusionDPOTrainer": "algorithms.diffusion_dpo.trainer",
+    "DiffusionKTOConfig": "algorithms.diffusion_kto.config",
+    "DiffusionKTOTrainer": "algorithms.diffusion_kto.trainer",
+    "DiffusionNFTConfig": "algorithms.diffusion_nft.config",
+    "DiffusionNFTTrainer": "algorithms.diffusion_nft.trainer",
+    "DiffusionSFTConfig": "algorithms.diffusion_sft.config",
+    "DiffusionSFTTrainer": "algorithms.diffusion_sft.trainer",
     "DivergenceError": "training.divergence",
     "EncodedDataset": "data.encoded",
+    "FlowRWRConfig": "algorithms.flow_rwr.config",
+    "FlowRWRTrainer": "algorithms.flow_rwr.trainer",
     "MaPOConfig": "algorithms.mapo.config",
     "MaPOTrainer": "algorithms.mapo.trainer",
     "MemoryEstimate": "memory",
     "NonFiniteLossError": "training.monitor",
+    "RankDPOConfig": "algorithms.rank_dpo.config",
+    "RankDPOTrainer": "algorithms.rank_dpo.trainer",
     "SampleCallback": "training.sample_callback",
     "SelfNPOConfig": "algorithms.self_npo.config",
     "SelfNPOTrainer": "algorithms.self_npo.trainer",

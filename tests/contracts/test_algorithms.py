@@ -35,7 +35,10 @@ def rows(name: str) -> Dataset:
     if name == "votes":
         labels = [float(index % 2) for index in range(8)]
         return pairs.rename_column("chosen", "image").remove_columns("rejected").add_column("label", labels)
-    if name == "ranking":
+    if name == "flow-rwr":
+        rewards = [0.1 * index for index in range(8)]
+        return pairs.rename_column("chosen", "image").remove_columns("rejected").add_column("reward", rewards)
+    if name in ("ranking", "rank-dpo"):
         columns = {"prompt": pairs["prompt"], "scores": [[1.0, 0.2, -0.5]] * 8}
         columns["images"] = [[row["chosen"], row["rejected"], pairs[i - 1]["rejected"]] for i, row in enumerate(pairs)]
         kinds = {"prompt": Value("string"), "scores": List(Value("float32")), "images": List(Image())}
@@ -69,14 +72,15 @@ def trainer_for(name: str, folder: Path, lora: bool = False, **options):
 @every_algorithm
 @full_and_lora
 def test_it_trains_evaluates_resumes_and_saves(name, lora, tmp_path):
-    whole = trainer_for(name, tmp_path / "whole", lora, save_strategy="steps", save_steps=2)
+    whole = trainer_for(name, tmp_path / "whole", lora, save_strategy="steps", save_steps=2, use_ema=True)
     whole.train()
     assert all(math.isfinite(entry["loss"]) for entry in whole.state.log_history if "loss" in entry)
     first, second = whole.evaluate(), whole.evaluate()
-    assert first["eval_loss"] == second["eval_loss"]
-    resumed = trainer_for(name, tmp_path / "resumed", lora)
+    assert first["eval_loss"] == second["eval_loss"] and math.isfinite(first["eval_ema_loss"])
+    resumed = trainer_for(name, tmp_path / "resumed", lora, use_ema=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "output" / "checkpoint-2"))
     assert_equal_weights(weights_of(whole.model), weights_of(resumed.model))
+    assert_equal_weights(whole.checkpointer.ema.state_dict(), resumed.checkpointer.ema.state_dict())
     whole.save_model()
     folder = tmp_path / "whole" / "output"
     # No link to a paper without one.

@@ -7,8 +7,18 @@ from ..training.config import DiffusionPreferenceConfig
 from ..training.trainer import DiffusionTrainer
 from .diffusion_dpo.config import DiffusionDPOConfig
 from .diffusion_dpo.trainer import DiffusionDPOTrainer
+from .diffusion_kto.config import DiffusionKTOConfig
+from .diffusion_kto.trainer import DiffusionKTOTrainer
+from .diffusion_nft.config import DiffusionNFTConfig
+from .diffusion_nft.trainer import DiffusionNFTTrainer
+from .diffusion_sft.config import DiffusionSFTConfig
+from .diffusion_sft.trainer import DiffusionSFTTrainer
+from .flow_rwr.config import FlowRWRConfig
+from .flow_rwr.trainer import FlowRWRTrainer
 from .mapo.config import MaPOConfig
 from .mapo.trainer import MaPOTrainer
+from .rank_dpo.config import RankDPOConfig
+from .rank_dpo.trainer import RankDPOTrainer
 from .self_npo.config import SelfNPOConfig
 from .self_npo.trainer import SelfNPOTrainer
 
@@ -17,7 +27,12 @@ from .self_npo.trainer import SelfNPOTrainer
 TRAINERS: dict[str, tuple[type[DiffusionPreferenceConfig], type[DiffusionTrainer]]] = {
     "mapo": (MaPOConfig, MaPOTrainer),
     "diffusion-dpo": (DiffusionDPOConfig, DiffusionDPOTrainer),
+    "rank-dpo": (RankDPOConfig, RankDPOTrainer),
     "self-npo": (SelfNPOConfig, SelfNPOTrainer),
+    "diffusion-kto": (DiffusionKTOConfig, DiffusionKTOTrainer),
+    "diffusion-sft": (DiffusionSFTConfig, DiffusionSFTTrainer),
+    "flow-rwr": (FlowRWRConfig, FlowRWRTrainer),
+    "diffusion-nft": (DiffusionNFTConfig, DiffusionNFTTrainer),
 }
 
 
