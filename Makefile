@@ -80,7 +80,9 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/clean_in_style.py
 	$(BIN)/python benchmarks/rounds.py
+	$(BIN)/python benchmarks/diffusion_nft.py
 	$(BIN)/python benchmarks/edits.py
+	$(BIN)/python benchmarks/reward_guidance.py
 	$(BIN)/python benchmarks/comparison_of_equals.py
 
 # Trains the embedded pipelines again, about an hour on two cores.

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
+from trl_diffusion_pref import (
+    DiffusionDPOConfig,
+    DiffusionDPOTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    MaPOConfig,
+    MaPOTrainer,
+)
 from trl_diffusion_pref.shapes import load_pipeline, preference_pairs, prompts, sample, summarize
 
 
@@ -26,7 +33,7 @@ BATCH_SIZE = 32
 PAIRS = 512
 SAMPLES = 64
 METHODS = {
-    "SFT on chosen": (MaPOTrainer, MaPOConfig, {"beta": 0.0}),
+    "SFT on chosen": (DiffusionSFTTrainer, DiffusionSFTConfig, {}),
     "MaPO": (MaPOTrainer, MaPOConfig, {"beta": 0.1}),
     # The guard is off so that all methods run all steps.
     **{

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_diffusion_pref import DiffusionDPOConfig, MaPOConfig, SelfNPOConfig
+from trl_diffusion_pref import DiffusionDPOConfig, DiffusionKTOConfig, MaPOConfig, SelfNPOConfig
 from trl_diffusion_pref.cli.run_options import DataOptions, LoraOptions, ModelOptions
 
 
@@ -19,6 +19,7 @@ CONFIGS = {
     "From MaPO's script": (MaPOConfig,),
     "From Self-NPO's scripts": (SelfNPOConfig,),
     "From Diffusion-NPO's scripts": (DiffusionDPOConfig, MaPOConfig),
+    "From Diffusion-KTO's script": (DiffusionKTOConfig,),
 }
 OF_THE_COMMAND_LINE = {field.name for options in (DataOptions, LoraOptions, ModelOptions) for field in fields(options)}
 

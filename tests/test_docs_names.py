@@ -190,8 +190,12 @@ def test_the_paper_index_has_every_option_of_an_algorithm(config):
 def _tables_of_models() -> dict[str, list[str]]:
     """By config, the options that docs/hyperparameters.md has a column of."""
     sections = re.split(r"^## ", (ROOT / "docs/hyperparameters.md").read_text(), flags=re.MULTILINE)[1:]
-    columns = [re.findall(r"`(\w+)`", re.search(r"^\| pipeline .*$", text, re.MULTILINE)[0]) for text in sections]
-    return {config.__name__: names for (config, _), names in zip(TRAINERS.values(), columns, strict=True)} | {
+    columns = {
+        text.partition("\n")[0]: re.findall(r"`(\w+)`", re.search(r"^\| pipeline .*$", text, re.MULTILINE)[0])
+        for text in sections
+    }
+    assert columns.keys() == {trainer._name for _, trainer in TRAINERS.values()}
+    return {config.__name__: columns[trainer._name] for config, trainer in TRAINERS.values()} | {
         "DiffusionPreferenceConfig": []
     }
 

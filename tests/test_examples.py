@@ -85,6 +85,29 @@ def test_a_flow_learns_the_preferred_style_and_keeps_colour_and_shape(method, tm
 
 
 @pytest.mark.slow
+def test_single_votes_teach_the_preferred_style_and_keep_colour_and_shape(tmp_path, capsys):
+    pictures = run("diffusion_kto_shapes", "--output_dir", str(tmp_path / "out"))
+    before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
+    assert before.preferred <= 0.5
+    assert after.preferred >= 0.9
+    assert after.colour >= 0.95 and after.shape >= 0.95
+    assert "before" in capsys.readouterr().out
+    StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusion_sft_shapes", "flow_rwr_shapes"])
+def test_good_samples_teach_the_preferred_style_without_rejected_ones(name, tmp_path, capsys):
+    pictures = run(name, "--output_dir", str(tmp_path / "out"))
+    before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
+    assert before.preferred <= 0.5
+    assert after.preferred >= 0.85
+    assert after.colour >= 0.95 and after.shape >= 0.95
+    assert "before" in capsys.readouterr().out
+    StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(lora, tmp_path, capsys):
     arguments = ["--lora", "--learning_rate", "1e-3"] if lora else []
@@ -131,10 +154,38 @@ def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base", ["mixed", "flow"])
+def test_sampling_towards_a_latent_reward_gives_the_preferred_style(base, tmp_path, capsys):
+    found = run("reward_guidance_shapes", "--base", base, "--output_dir", str(tmp_path / "out"))
+    plain, guided = (summarize(found["images"][name], ASKED) for name in ("plain", "scale 2"))
+    assert guided.preferred >= plain.preferred + 0.3
+    assert guided.colour >= 0.9 and guided.shape >= 0.9
+    assert min(share for level, share in found["accuracy"].items() if level <= 0.5) >= 0.9
+    assert "held-out accuracy" in capsys.readouterr().out
+    assert (tmp_path / "out" / "latent_reward.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_pairs_of_its_own_samples_teach_a_model_the_preferred_style(tmp_path):
     pictures = run("self_made_pairs_shapes", "--output_dir", str(tmp_path / "out"))
     after = summarize(pictures["after"], ASKED)
     assert after.preferred >= 0.95
+    assert after.colour >= 0.95 and after.shape >= 0.95
+
+
+@pytest.mark.slow
+def test_prompts_and_a_judge_alone_teach_the_preferred_style(tmp_path):
+    pictures = run("diffusion_nft_shapes", "--output_dir", str(tmp_path / "out"))
+    before, after = (summarize(pictures[name], ASKED) for name in ("before", "after"))
+    assert before.preferred <= 0.5
+    assert after.preferred >= 0.95
+    assert after.colour >= 0.95 and after.shape >= 0.95
+
+
+@pytest.mark.slow
+def test_rankings_of_its_own_samples_teach_a_model_the_preferred_style(tmp_path):
+    after = summarize(run("rank_dpo_shapes", "--output_dir", str(tmp_path / "out"))["after"], ASKED)
+    assert after.preferred >= 0.9
     assert after.colour >= 0.95 and after.shape >= 0.95
 
 
