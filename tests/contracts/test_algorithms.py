@@ -1,72 +1,30 @@
 """What every algorithm gets from the loop, shown on the package's and on two made-up ones, of under 60 lines each."""
 
 import inspect
+import json
 import math
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from datasets import Dataset, Features, Image, List, Value
 from diffusers import StableDiffusionPipeline
 from helpers import ranking, votes
+from helpers.algorithms import ALL, rows, trainer_for
 from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
-from peft import LoraConfig
+from safetensors.torch import load_file
 
 import trl_diffusion_pref
-from trl_diffusion_pref.algorithms import TRAINERS
 from trl_diffusion_pref.algorithms.mapo.loss import mapo_loss
-from trl_diffusion_pref.shapes import preference_pairs
 
 
-ALL = TRAINERS | {
-    "votes": (votes.VoteConfig, votes.VoteTrainer),
-    "ranking": (ranking.RankingConfig, ranking.RankingTrainer),
-}
 PACKAGE = Path(trl_diffusion_pref.__file__).parent
 every_algorithm = pytest.mark.parametrize("name", ALL)
 full_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-
-
-def rows(name: str) -> Dataset:
-    """Eight rows in the algorithm's layout."""
-    pairs = preference_pairs(8, seed=7)
-    if name == "votes":
-        labels = [float(index % 2) for index in range(8)]
-        return pairs.rename_column("chosen", "image").remove_columns("rejected").add_column("label", labels)
-    if name == "flow-rwr":
-        rewards = [0.1 * index for index in range(8)]
-        return pairs.rename_column("chosen", "image").remove_columns("rejected").add_column("reward", rewards)
-    if name in ("ranking", "rank-dpo"):
-        columns = {"prompt": pairs["prompt"], "scores": [[1.0, 0.2, -0.5]] * 8}
-        columns["images"] = [[row["chosen"], row["rejected"], pairs[i - 1]["rejected"]] for i, row in enumerate(pairs)]
-        kinds = {"prompt": Value("string"), "scores": List(Value("float32")), "images": List(Image())}
-        return Dataset.from_dict(columns, features=Features(kinds))
-    return pairs
-
-
-def trainer_for(name: str, folder: Path, lora: bool = False, **options):
-    config_class, trainer_class = ALL[name]
-    defaults = {
-        "output_dir": str(folder / "output"),
-        "dataset_cache_dir": str(folder / "cache"),
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.01,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
-        "report_to": "none",
-    }
-    guard = {"divergence_guard": "off"} if hasattr(config_class, "divergence_guard") else {}
-    config = config_class(**{**defaults, **guard, **options})
-    data = rows(name)
-    peft_config = LoraConfig(r=2, lora_alpha=4) if lora else None
-    return trainer_class(build_tiny_pipeline(), config, data, data.select(range(3)), peft_config=peft_config)
 
 
 @every_algorithm
@@ -146,6 +104,46 @@ def test_a_lora_starts_as_its_seed_says(name, tmp_path):
         starts.append(weights_of(trainer_for(name, tmp_path, lora=True, seed=seed, output_dir=f"{tmp_path}/o").model))
     assert_equal_weights(starts[0], starts[1])
     assert any(not torch.equal(starts[0][key], starts[2][key]) for key in starts[0] if "lora_A" in key)
+
+
+def run(name: str, folder: Path, what: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Runs tests/helpers/algorithm_run.py as a user would start it."""
+    tests = Path(__file__).parents[1]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        [sys.executable, *launch, str(tests / "helpers" / "algorithm_run.py"), name, str(folder), what],
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@every_algorithm
+def test_a_killed_process_resumes_to_the_same_weights(name, tmp_path):
+    assert run(name, tmp_path / "killed", "kill").returncode == -signal.SIGKILL
+    for folder, what in (("killed", "resume"), ("whole", "train")):
+        done = run(name, tmp_path / folder, what)
+        assert done.returncode == 0, done.stderr[-3000:]
+    file = "output/unet/diffusion_pytorch_model.safetensors"
+    assert_equal_weights(load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file))
+
+
+@pytest.mark.slow
+@every_algorithm
+def test_two_processes_evaluate_as_one_and_end_with_equal_weights(name, tmp_path):
+    seen = {}
+    for processes in (1, 2):
+        done = run(name, tmp_path / str(processes), "train", processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [tmp_path / str(processes) / f"rank-{rank}.json" for rank in range(processes)]
+        seen[processes] = [json.loads(file.read_text()) for file in files]
+    first, second = seen[2]
+    assert first["weights"] == second["weights"] != first["start"] == second["start"]
+    assert first["before"] == second["before"]
+    assert first["before"] == pytest.approx(seen[1][0]["before"], rel=1e-5)
 
 
 def test_an_error_leaves_the_options_as_they_were(tmp_path, monkeypatch):

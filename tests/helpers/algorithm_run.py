@@ -1,0 +1,47 @@
+"""One process of tests/contracts/test_algorithms.py: trains, is killed on the way, or goes on.
+
+python algorithm_run.py <algorithm> <folder> train|kill|resume
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from helpers.algorithms import trainer_for
+
+
+class KillAfter(TrainerCallback):
+    """Kills the process when a step has been saved, in the middle of the next one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def weights(model: torch.nn.Module) -> float:
+    return sum(parameter.detach().double().square().sum().item() for parameter in model.parameters())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    name, folder, what = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    trainer = trainer_for(name, folder, save_strategy="steps", save_steps=1, use_cpu=True)
+    if what == "kill":
+        trainer.add_callback(KillAfter(2))
+    seen = {"start": weights(trainer.model), "before": trainer.evaluate()["eval_loss"]}
+    trainer.train(resume_from_checkpoint=what == "resume")
+    trainer.save_model()
+    seen["weights"] = weights(trainer.model)
+    (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
