@@ -48,6 +48,7 @@ def test_mapo_teaches_the_preferred_style_and_keeps_colour_and_shape(lora, tmp_p
         StableDiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_dpo_teaches_the_preferred_style_and_its_held_out_accuracy_rises(tmp_path, capsys):
     results = run("diffusion_dpo_shapes", "--output_dir", str(tmp_path / "out"))
     after = summarize(results["after"], ASKED)
@@ -62,6 +63,7 @@ def test_dpo_teaches_the_preferred_style_and_its_held_out_accuracy_rises(tmp_pat
     assert "held-out preference accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ten_times_the_learning_rate_is_stopped_while_the_model_still_draws(tmp_path):
     with pytest.raises(DivergenceError, match="learning_rate"):
         run("diffusion_dpo_shapes", "--output_dir", str(tmp_path / "out"), "--learning_rate", "5e-4")
@@ -121,7 +123,8 @@ def test_self_npo_makes_a_negative_model_that_ignores_the_prompt_and_can_guide(l
     assert Image.open(tmp_path / "out" / "before_after.png").size[0] > 1500
 
 
-@pytest.mark.parametrize("method", [pytest.param("mapo", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mapo", "dpo"])
 def test_guidance_with_a_model_of_the_rejected_raises_the_preferred_style(method, tmp_path):
     """Diffusion-NPO."""
     common = {

@@ -46,7 +46,8 @@ def printed(arguments: list[str], tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "program",
     [
-        ["-m", "trl_diffusion_pref.cli", "demo", "--comparison", "false"],
+        # `make demo` runs it too, and shows what it prints.
+        pytest.param(["-m", "trl_diffusion_pref.cli", "demo", "--comparison", "false"], marks=pytest.mark.slow),
         pytest.param([EXAMPLE, "--no-comparison", "--lora"], marks=pytest.mark.slow),
         pytest.param([EXAMPLE, "--no-comparison"], marks=pytest.mark.slow),
     ],

@@ -161,7 +161,7 @@ class TestTraining:
     @pytest.mark.parametrize(
         "loss_type",
         # Their values and gradients are tested besides; all of them train in `make test-all`.
-        ["sigmoid", "dspo", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_LOSSES)],
+        ["sigmoid", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dspo", *OTHER_LOSSES))],
     )
     def test_every_loss_lowers_the_chosen_error_against_the_rejected(self, loss_type, dpo, pairs):
         """On the training pairs, at noise and times that evaluation fixes."""
@@ -287,7 +287,9 @@ class TestPrecomputed:
         assert fixed == pytest.approx(live, rel=1e-6)
         assert evaluations[0]["eval_mse/chosen"] != pytest.approx(live, rel=1e-3)
 
-    @pytest.mark.parametrize("kind", ["full", "lora", "frozen", "ref_model"])
+    @pytest.mark.parametrize(
+        "kind", ["full", "lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("frozen", "ref_model"))]
+    )
     def test_no_second_model_is_in_memory_and_no_reference_is_called(self, kind, dpo, pairs, trained_lora):
         gc.collect()
         before = sum(isinstance(thing, UNet2DConditionModel) for thing in gc.get_objects())

@@ -14,7 +14,14 @@ from datasets import Dataset, Features, Image, Value
 from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
 from PIL import Image as Images
 
-from trl_diffusion_pref import DiffusionKTOConfig, DiffusionKTOTrainer, estimate_memory
+from trl_diffusion_pref import (
+    DiffusionKTOConfig,
+    DiffusionKTOTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    encode_dataset,
+    estimate_memory,
+)
 from trl_diffusion_pref.algorithms.diffusion_kto import baseline
 from trl_diffusion_pref.algorithms.diffusion_kto.baseline import RunningGain
 from trl_diffusion_pref.data import corrupt
@@ -300,3 +307,15 @@ def test_two_processes_have_one_baseline_and_the_rows_of_one(votes, tmp_path):
         assert first[kind]["weights"] == second[kind]["weights"]
     means = np.concatenate([first["batch"]["gains"], second["batch"]["gains"]], axis=1).mean(axis=1)
     assert first["batch"]["kl"] == pytest.approx(np.maximum(means, 0).tolist(), rel=1e-4, abs=1e-7)
+
+
+def test_votes_that_were_encoded_from_pairs_with_other_options_are_refused(kto, pairs):
+    noisy, plain = kto(label_noise=0.5), kto()
+    encoded = encode_dataset(build_tiny_pipeline(), pairs.select(range(4)), noisy)
+    with pytest.raises(ValueError, match=r"label_noise: made with 0\.5"):
+        DiffusionKTOTrainer(build_tiny_pipeline(), plain, encoded)
+    DiffusionKTOTrainer(build_tiny_pipeline(), noisy, encoded)
+    # Options at their defaults say nothing, so that another method may take the same rows.
+    encoded = encode_dataset(build_tiny_pipeline(), pairs.select(range(4)), plain)
+    where = {name: getattr(plain, name) for name in ("output_dir", "dataset_cache_dir", "max_steps", "report_to")}
+    DiffusionSFTTrainer(build_tiny_pipeline(), DiffusionSFTConfig(**where), encoded)

@@ -81,7 +81,7 @@ def sampled_by_diffusers(pipeline, prompt: str, noise: torch.Tensor, steps: int,
 
 
 class TestTrajectories:
-    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+    @pytest.mark.parametrize("prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
     @pytest.mark.parametrize("scale", [0.0, 1.0, -4.0])
     def test_the_pool_s_latents_are_those_of_diffusers_own_sampler(self, prediction_type, scale, npo, asked):
         cfg = npo(teacher="frozen", guidance_scale=scale, max_steps=4)

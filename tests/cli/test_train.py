@@ -26,6 +26,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_yaml_example_gives_the_weights_of_the_python_example(tmp_path, monkeypatch):
     """Bit for bit; and so does the demo. Sampling, which takes longest, is another test's."""
     images = [draw(random_scene(np.random.default_rng(number), "filled")) for number in range(64)]

@@ -73,7 +73,7 @@ def test_four_micro_batches_of_one_equal_one_batch_of_four(name, tmp_path):
 
 
 @every_algorithm
-@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_run_resumed_at_its_end_takes_no_further_step(name, strategy, tmp_path):
     """Killed while the finished model was written, say: three steps of an epoch of four."""
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}

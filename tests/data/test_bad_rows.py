@@ -348,6 +348,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.slow
 def test_no_image_takes_more_memory_than_its_decoded_pixels(tmp_path):
     """In a process of its own, whose peak nothing else has raised."""
     bomb = chunk(b"zTXt", b"C\0\0" + zlib.compress(bytes(200_000_000)))

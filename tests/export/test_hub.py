@@ -206,7 +206,7 @@ class TestStrategies:
         DiffusionPipeline.from_pretrained(BASE).load_lora_weights(NAME)
 
     @pytest.mark.newest
-    @pytest.mark.parametrize("kind", ["full", "lora"])
+    @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
     def test_a_run_resumes_from_the_pushed_last_checkpoint(self, kind, hub, pushed, pairs, tmp_path):
         self.run(pushed, pairs, "checkpoint", kind, max_steps=2)
         assert {name.split("/")[1] for name in hub.repositories[NAME] if name.startswith("last-checkpoint/")}

@@ -74,21 +74,37 @@ CASES = [
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
         marks=pytest.mark.slow,
     ),
-    ("mixed", MaPOConfig, False, {"bf16": True}),
+    pytest.param("mixed", MaPOConfig, False, {"bf16": True}, marks=pytest.mark.slow),
     pytest.param("mixed", MaPOConfig, True, {"bf16": True, "activation_checkpointing": False}, marks=pytest.mark.slow),
-    ("mixed", DiffusionDPOConfig, True, {"bf16": True, "activation_checkpointing": False}),
+    pytest.param(
+        "mixed", DiffusionDPOConfig, True, {"bf16": True, "activation_checkpointing": False}, marks=pytest.mark.slow
+    ),
     pytest.param("flow", MaPOConfig, True, {"bf16": True, "activation_checkpointing": False}, marks=pytest.mark.slow),
     ("flow", DiffusionDPOConfig, False, {"bf16": True, "activation_checkpointing": False}),
     pytest.param("mixed", DiffusionDPOConfig, False, {"activation_checkpointing": False}, marks=pytest.mark.slow),
     pytest.param("mixed", DiffusionDPOConfig, True, {"activation_checkpointing": True}, marks=pytest.mark.slow),
     ("mixed", DiffusionDPOConfig, False, {"optim": "sgd", "reference": "precomputed", "reference_draws": 1}),
     pytest.param("mixed", SelfNPOConfig, False, {"activation_checkpointing": False}, marks=pytest.mark.slow),
-    ("mixed", SelfNPOConfig, False, {"activation_checkpointing": False, "bf16": True}),
+    pytest.param(
+        "mixed", SelfNPOConfig, False, {"activation_checkpointing": False, "bf16": True}, marks=pytest.mark.slow
+    ),
     pytest.param("mixed", SelfNPOConfig, True, {"bf16": True, "start": "data"}, marks=pytest.mark.slow),
-    ("flow", SelfNPOConfig, False, {"activation_checkpointing": True, "bf16": True, "teacher": "ema"}),
+    pytest.param(
+        "flow",
+        SelfNPOConfig,
+        False,
+        {"activation_checkpointing": True, "bf16": True, "teacher": "ema"},
+        marks=pytest.mark.slow,
+    ),
     pytest.param("flow", MaPOConfig, True, {"activation_checkpointing": False}, marks=pytest.mark.slow),
     pytest.param("flow", DiffusionDPOConfig, False, {"activation_checkpointing": True}, marks=pytest.mark.slow),
 ]
+
+
+OTHERS = (
+    *("flux2_klein", "pixart_sigma", "sana", "chroma", "auraflow", "lumina2", "z_image", "cogview4", "hidream"),
+    "kolors",
+)
 
 
 @pytest.mark.parametrize(("base", "kind", "lora", "options"), CASES)
@@ -115,17 +131,8 @@ def test_the_total_is_what_training_holds(base, kind, lora, options, tmp_path):
         "stable_diffusion_xl",
         "stable_diffusion_3",
         "flux_dev",
-        "flux2_klein",
-        "pixart_sigma",
-        "sana",
         "qwen_image",
-        "chroma",
-        "auraflow",
-        "lumina2",
-        "z_image",
-        "cogview4",
-        "hidream",
-        *(["kolors"] if "kolors" in tiny.CASES else []),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS if name in tiny.CASES),
     ],
 )
 def test_the_total_is_what_training_holds_of_every_family(name, tmp_path):
@@ -185,6 +192,7 @@ def test_the_model_is_left_as_it_was():
     assert not pipeline.unet.is_gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_a_carried_adapter_is_trained_and_copied_as_the_reference():
     pipeline = load_pipeline()
     pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q"]))
@@ -202,6 +210,7 @@ def test_states_in_eight_bits_have_a_maximum_per_block_and_small_tensors_stay_in
     assert estimate.optimizer_state == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_resolution_and_precision_change_activations():
     pipeline, (plain, larger, half) = (
         load_pipeline(),
@@ -236,6 +245,7 @@ def test_the_cpu_s_autocast_keeps_less_than_cuda_s():
     assert estimate_memory(pipeline, plain).total == pytest.approx(on_gpu.total, rel=0.01)
 
 
+@pytest.mark.slow
 def test_self_npo_in_bf16_is_estimated_for_cuda():
     """The teacher's passes without gradients make half-precision copies of weights; the student must not get those."""
     adapter, options = LoraConfig(r=4), {"bf16": True, "per_device_train_batch_size": 2}
@@ -259,6 +269,7 @@ def test_what_cannot_be_estimated_is_named():
         estimate_memory(load_pipeline(), config_of(MaPOConfig, optim="galore_adamw"))
 
 
+@pytest.mark.slow
 def test_a_frozen_reference_that_was_left_behind_is_not_trained(tmp_path):
     pipeline, cfg = load_pipeline(), config_of(DiffusionDPOConfig, output_dir=str(tmp_path))
     pipeline.unet.add_adapter(LoraConfig(r=4, target_modules=["to_k", "to_q"]))
@@ -281,7 +292,7 @@ VIDEOS = ["wan", "wan_5b", "ltx", "hunyuan_video", SLOW, "cogvideox"]
 
 
 @pytest.mark.parametrize("name", [*VIDEOS, "ace_step", "stable_audio", "audioldm2"])
-@pytest.mark.parametrize("kind", [MaPOConfig, SelfNPOConfig])
+@pytest.mark.parametrize("kind", [MaPOConfig, pytest.param(SelfNPOConfig, marks=pytest.mark.slow)])
 def test_the_total_is_what_videos_and_audio_take(name, kind, pairs, tmp_path):
     case, pipeline = tiny.CASES[name], tiny.build(name)
     size = {} if case.waveform else {"resolution": min(case.size), "num_frames": case.frames}
@@ -319,6 +330,7 @@ def test_another_pipeline_class_in_a_folder_is_refused(tmp_path):
         estimate_memory(tmp_path, config_of(MaPOConfig))
 
 
+@pytest.mark.slow
 def test_a_reference_that_moves_is_estimated(tmp_path):
     options = {"output_dir": str(tmp_path), "reference": "copy", "use_cpu": True}
     still, moving = (

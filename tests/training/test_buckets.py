@@ -473,6 +473,7 @@ def processes(tmp_path_factory, pairs):
     return {2: two, 1: [everything(tmp_path_factory.mktemp("process"), pairs)]}
 
 
+@pytest.mark.slow
 class TestProcesses:
     def test_each_row_is_seen_once_an_epoch_by_one_process(self, processes):
         first, second = (rank["whole"]["batches"] for rank in processes[2])

@@ -140,8 +140,21 @@ class TestRoundTrip:
 
 
 class TestResume:
-    @pytest.mark.parametrize("evaluate", ["never", "whole run", "resumed run"])
-    @pytest.mark.parametrize("kind", ["full", "lora", "8-bit"])
+    @pytest.mark.parametrize(
+        ("kind", "evaluate"),
+        [
+            ("full", "never"),
+            ("full", "whole run"),
+            ("full", "resumed run"),
+            ("lora", "never"),
+            ("8-bit", "never"),
+            *(
+                pytest.param(kind, evaluate, marks=pytest.mark.slow)
+                for kind in ("lora", "8-bit")
+                for evaluate in ("whole run", "resumed run")
+            ),
+        ],
+    )
     def test_resuming_equals_never_having_stopped(self, kind, evaluate, pairs, config, tmp_path):
         """Two epochs of four steps; stopped in the middle of the first, so that data order is resumed too."""
         peft_config = lora(lora_dropout=0.3) if kind == "lora" else None
@@ -230,7 +243,7 @@ class TestResume:
 
 
 class TestBestModel:
-    @pytest.mark.parametrize("kind", ["full", "lora"])
+    @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
     def test_the_best_weights_are_loaded_at_the_end(self, kind, pairs, config):
         cfg = config(
             max_steps=6,

@@ -53,6 +53,7 @@ class Layout:
         optional_scalars: The same, read where the data set has them.
         ranges: What the numbers of a column may be: the least and the largest, or all that there are. Columns that are
             not named here may have any finite number.
+        from_pairs: Whether rows may be made of pairs, so that options about these decide what rows there are.
     """
 
     samples: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class Layout:
     scalars: tuple[str, ...] = ()
     optional_scalars: tuple[str, ...] = ()
     ranges: Mapping[str, Between | OneOf] = field(default_factory=dict)
+    from_pairs: bool = False
 
     @property
     def needed(self) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data import (
-    PAIRS,
     DatasetEncoder,
     EncodedDataset,
     EncodedStream,
@@ -29,6 +28,7 @@ from ..data.layouts import (
     named_datasets,
     with_condition_column,
 )
+from ..data.pair_options import DEFAULT_OPTIONS
 from ..data.pair_source import RowSource
 from ..data.pairs import convert
 from ..data.resolution import Resolution
@@ -219,8 +219,11 @@ def encoder_for(
             f"on_aspect_difference={args.on_aspect_difference!r} does nothing without buckets, which this run has "
             "not. Set aspect_ratio_buckets=True, or leave it out."
         )
-    if layout.samples == PAIRS.samples:
-        options = replace(options, pairs=args.pair_options())
+    of_pairs = args.pair_options()
+    # Rows that are no pairs say nothing of options at their defaults, so that other methods take them too.
+    changed = replace(of_pairs, column_map=None, seed=DEFAULT_OPTIONS.seed) != DEFAULT_OPTIONS
+    if layout.is_pairs or (layout.from_pairs and changed):
+        options = replace(options, pairs=of_pairs)
     if layout.conditions and family.prompts_see_images:
         options = replace(options, keep_empty_prompt=args.reads_empty_prompt)
     where: dict[str, Any] = {"cache_folder": args.cache_folder(), "batch_size": args.encode_batch_size}

@@ -93,7 +93,8 @@ class DiffusionKTOTrainer(DiffusionTrainer):
 
     def make_layout(self) -> Layout:
         column = sample_column(self.family)
-        return Layout(samples=(column,), scalars=("label",), ranges={"label": OneOf({0.0, 1.0})})
+        ranges = {"label": OneOf({0.0, 1.0})}
+        return Layout(samples=(column,), scalars=("label",), ranges=ranges, from_pairs=True)
 
     def prepare_rows(self, dataset: AnyDataset, label: str) -> tuple[AnyDataset, RowSource | None]:
         sides, options = {"chosen": 1.0, "rejected": 0.0}, self.args.pair_options()

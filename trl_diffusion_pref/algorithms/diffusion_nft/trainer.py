@@ -151,7 +151,8 @@ class DiffusionNFTTrainer(DiffusionTrainer):
     @property
     def trained_layout(self) -> Layout:
         """Of the batches that are trained on, generated or not."""
-        return Layout(samples=(sample_column(self.family),), scalars=("label",), ranges={"label": Between(0, 1)})
+        ranges = {"label": Between(0, 1)}
+        return Layout(samples=(sample_column(self.family),), scalars=("label",), ranges=ranges, from_pairs=True)
 
     def prepare_rows(self, dataset: AnyDataset, label: str) -> tuple[AnyDataset, RowSource | None]:
         args = self.args

@@ -54,7 +54,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     }
 
     def make_layout(self) -> Layout:
-        return Layout(samples=(sample_column(self.family),))
+        return Layout(samples=(sample_column(self.family),), from_pairs=True)
 
     def prepare_rows(self, dataset: AnyDataset, label: str) -> tuple[AnyDataset, RowSource | None]:
         """Of pairs the chosen samples."""
