@@ -110,18 +110,19 @@ class EncodedDataset(torch.utils.data.Dataset[dict[str, Any]]):
 
     def latent_shapes(self) -> dict[int, tuple[int, ...]]:
         """The shape of one sample's latents in each bucket that has rows."""
-        if self.samples is None:
-            return {}
-        firsts = {bucket: int(np.argmax(self.buckets == bucket)) for bucket in np.unique(self.buckets).tolist()}
-        return {bucket: self.samples.shapes(self.places[row])[MEAN][1:] for bucket, row in firsts.items()}
+        return {bucket: shape[1:] for bucket, shape in self._shapes().items()}
 
     @property
     def most_samples(self) -> int:
         """Samples of the row that has most."""
+        return max((shape[0] for shape in self._shapes().values()), default=0)
+
+    def _shapes(self) -> dict[int, tuple[int, ...]]:
+        """Of a row's latents, `(S, ...)`, in each bucket that has rows."""
         if self.samples is None:
-            return 0
-        firsts = [int(np.argmax(self.buckets == bucket)) for bucket in np.unique(self.buckets).tolist()]
-        return max(self.samples.shapes(self.places[row])[MEAN][0] for row in firsts)
+            return {}
+        firsts = {bucket: int(np.argmax(self.buckets == bucket)) for bucket in np.unique(self.buckets).tolist()}
+        return {bucket: self.samples.shapes(self.places[row])[MEAN] for bucket, row in firsts.items()}
 
     # ---- For another machine -------------------------------------------------------------------------------------
 

@@ -228,7 +228,7 @@ def check_columns(
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"{label} has no rows.")
     vote = next((name for name in ("label_0", "label_1") if name in columns), None)
-    if vote is not None and layout.samples == PAIRS.samples:
+    if vote is not None and layout.is_pairs:
         raise ValueError(
             f"{label} has the columns chosen and rejected beside {vote}, which says for each row which of two images "
             "was preferred. Put the preferred one into chosen row by row, leave ties out, and remove label_0 and "
@@ -254,7 +254,7 @@ def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout
         ValueError: They have.
     """
     found = next((name for name in ("image", "images") if name in column_names(dataset)), None)
-    if layout.samples == PAIRS.samples and not layout.conditions and found is not None:
+    if layout.is_pairs and not layout.conditions and found is not None:
         raise ValueError(
             f"{label} has the column {found}, from which chosen and rejected were edited, and the trained model sees "
             "the prompt alone. Train a pipeline that takes condition images "
@@ -263,7 +263,7 @@ def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout
         )
     inpainting = [each for each in all_families() if each.mask_column in column_names(dataset)]
     mask = next((each.mask_column for each in inpainting if each.mask_column not in layout.conditions), None)
-    if layout.samples == PAIRS.samples and mask is not None:
+    if layout.is_pairs and mask is not None:
         raise ValueError(
             f"{label} has the column {mask}, with the part of each image that was generated, and the trained model "
             f"sees no mask. Train a pipeline that does ({', '.join(each.pipeline_class for each in inpainting)}), or "

@@ -34,6 +34,11 @@ def pair_metrics(
     }
 
 
+def where(counted: Tensor, values: Tensor) -> Tensor:
+    """Values `(B,)` without gradient, NaN where they do not count, which means then leave out."""
+    return values.detach().where(counted, torch.nan)
+
+
 def gathered(values: dict[str, Tensor], accelerator: Accelerator, batch_size: int) -> Tensor:
     """Per-sample values of all processes, `(samples, names)` float32, in the order of the processes.
 

@@ -14,7 +14,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from ..data import PAIRS
 from ..evaluation.loading import loaded_pipeline
 from ..evaluation.sampling import described_options
 from ..export.files import write_whole
@@ -115,7 +114,7 @@ def train_in_rounds(
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least one is needed.")
-    if trainer_class.layout.samples != PAIRS.samples:
+    if not trainer_class.layout.is_pairs:
         raise ValueError(f"{trainer_class.__name__} does not train on pairs, which rounds make. Use one that does.")
     edits, named, output = read_edits(prompts), named_rewards(rewards), Path(str(args.output_dir))
     options = {"samples_per_prompt": samples_per_prompt, **(pair_options or {}), **pipeline_kwargs}

@@ -16,7 +16,7 @@ from ...data.single_samples import single_samples
 from ...training import loaders
 from ...training.config import AnyDataset
 from ...training.held_reference import HeldReference
-from ...training.metrics import gathered
+from ...training.metrics import gathered, where
 from ...training.trainer import DiffusionTrainer
 from .baseline import RunningGain
 from .config import DiffusionKTOConfig, check_both_kinds
@@ -140,21 +140,17 @@ class DiffusionKTOTrainer(DiffusionTrainer):
         reward, of_liked = self.options.beta * gain.detach(), liked > 0.5
         above = gain.detach() - baseline
 
-        def only(rows: Tensor, values: Tensor) -> Tensor:
-            # Means leave NaN out.
-            return torch.where(rows, values.detach(), torch.nan)
-
         return {
             "loss": loss,
-            "rewards/liked": only(of_liked, reward),
-            "rewards/disliked": only(~of_liked, reward),
+            "rewards/liked": where(of_liked, reward),
+            "rewards/disliked": where(~of_liked, reward),
             "rewards/accuracies": (torch.where(of_liked, above, -above) > 0).float(),
             "kl": baseline.expand_as(reward),
             "liked": liked.float(),
-            "mse/chosen": only(of_liked, error),
-            "mse/rejected": only(~of_liked, error),
-            "mse/ref_chosen": only(of_liked, ref_error),
-            "mse/ref_rejected": only(~of_liked, ref_error),
+            "mse/chosen": where(of_liked, error),
+            "mse/rejected": where(~of_liked, error),
+            "mse/ref_chosen": where(of_liked, ref_error),
+            "mse/ref_rejected": where(~of_liked, ref_error),
             "time": noisy.model_time.float(),
         }
 

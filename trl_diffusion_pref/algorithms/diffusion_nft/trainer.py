@@ -26,6 +26,7 @@ from ...training.callbacks import EpochOfStream
 from ...training.config import AnyDataset
 from ...training.held_reference import HeldReference
 from ...training.loaders import encoded_for_evaluation
+from ...training.metrics import where
 from ...training.references import Reference
 from ...training.trainer import DiffusionTrainer
 from .advantages import with_liked
@@ -299,8 +300,3 @@ class DiffusionNFTTrainer(DiffusionTrainer):
         samples = self.generator.samples(prompts, held_out_seeds(self.args.seed, rows))
         scores = self.generator.scores(prompts, samples, columns_of(self.rows_as_given(dataset), rows))
         return {name: torch.tensor(values, device=batch.rows.device) for name, values in scores.items()}
-
-
-def where(counted: Tensor, values: Tensor) -> Tensor:
-    """Values `(B,)`, NaN where they do not count, which means then leave out."""
-    return values.detach().where(counted, torch.nan)
