@@ -70,7 +70,9 @@ def encode_dataset(
     trainer = kind.__new__(kind)
     vars(trainer).update(args=args, family=family)
     dataset = with_condition_column(dataset, family)
-    trainer.layout = layout = loaders.layout_of(trainer.make_layout(), family, dataset, None)
+    trainer.layout = layout = loaders.layout_of(
+        trainer.make_layout(), family, dataset, None, loss_on_mask=trainer.args.loss_on_mask
+    )
     sources: dict[str, RowSource] = {}
     rows = loaders.rows_of_one(dataset, "dataset", layout, family, args, trainer.prepare_rows, sources)
     pipeline = _load(model, family, args)

@@ -36,9 +36,10 @@ from PIL import Image as PILImage
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
 from trl_diffusion_pref.data import EncodingOptions
 from trl_diffusion_pref.data.bad_rows import BadRowPolicy, RowProblem
+from trl_diffusion_pref.data.cells import scalar_problems
 from trl_diffusion_pref.data.decode import audio, cell
 from trl_diffusion_pref.data.decode.image import decode_image
-from trl_diffusion_pref.data.layouts import Between, Layout, OneOf, scalar_problems
+from trl_diffusion_pref.data.layouts import Between, Layout, OneOf
 from trl_diffusion_pref.families import family_for
 
 

@@ -2,7 +2,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from trl_diffusion_pref.data import Layout, check_columns
-from trl_diffusion_pref.data.layouts import labelled_datasets, named_datasets, prompt_problems
+from trl_diffusion_pref.data.cells import prompt_problems
+from trl_diffusion_pref.data.layouts import labelled_datasets, named_datasets
 
 
 @pytest.mark.parametrize(

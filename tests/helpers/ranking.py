@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from trl_diffusion_pref.data import Batch, Layout, Mode, corrupt
-from trl_diffusion_pref.diffusion.elbo import denoising_error
 from trl_diffusion_pref.training.config import DiffusionPreferenceConfig
 from trl_diffusion_pref.training.references import make_reference, resolve_reference
 from trl_diffusion_pref.training.trainer import DiffusionTrainer
@@ -27,9 +26,9 @@ class RankingTrainer(DiffusionTrainer):
 
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         noisy = corrupt(batch, mode, self.noise_process)
-        errors = denoising_error(self.denoise(model, noisy), noisy.target).unflatten(0, (3, -1))
+        errors = self.denoise.error(self.denoise(model, noisy), noisy).unflatten(0, (3, -1))
         with self.reference.applied() as reference:
-            ref_errors = denoising_error(self.denoise(reference, noisy), noisy.target).unflatten(0, (3, -1))
+            ref_errors = self.denoise.error(self.denoise(reference, noisy), noisy).unflatten(0, (3, -1))
         rewards = -self.args.beta / 2 * (errors - ref_errors)
         wanted = batch.scalars["scores"].T
         centred = (rewards - rewards.mean(dim=0)) - (wanted - wanted.mean(dim=0))

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from trl_diffusion_pref.data import Batch, Layout, Mode, corrupt
-from trl_diffusion_pref.diffusion.elbo import denoising_error
 from trl_diffusion_pref.training.config import DiffusionPreferenceConfig
 from trl_diffusion_pref.training.trainer import DiffusionTrainer
 
@@ -22,6 +21,6 @@ class VoteTrainer(DiffusionTrainer):
 
     def compute_losses(self, model: nn.Module, batch: Batch, mode: Mode) -> dict[str, Tensor]:
         noisy = corrupt(batch, mode, self.noise_process)
-        error = denoising_error(self.denoise(model, noisy), noisy.target)
+        error = self.denoise.error(self.denoise(model, noisy), noisy)
         liked = batch.scalars["label"]
         return {"loss": (liked - self.args.push * (1 - liked)) * error, "mse": error.detach(), "liked": liked}

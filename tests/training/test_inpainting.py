@@ -184,11 +184,6 @@ def test_precomputed_reference_errors_are_those_of_the_masked_part(options):
     torch.testing.assert_close(values["loss"], torch.full((2,), math.log(2)), rtol=0, atol=1e-4)
 
 
-def test_errors_of_the_masked_part_need_a_mask(options):
-    with pytest.raises(ValueError, match="loss_on_mask=True: StableDiffusionPipeline takes no mask.*InpaintPipeline"):
-        MaPOTrainer(build_tiny_pipeline(), MaPOConfig(**options(loss_on_mask=True)), preference_pairs(4))
-
-
 @pytest.mark.parametrize("other", [{"loss_type": "dspo"}, {"loss_type": "dspo_sdxl"}, {"winner_preserving_mu": 0.5}])
 def test_losses_of_whole_predictions_are_not_taken_over_a_mask(other, options):
     with pytest.raises(ValueError, match=f"loss_on_mask=True and {next(iter(other))}"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..diffusion.noise import NoiseProcess
 from ..diffusion.randomness import SampleKey, draw_rows
+from ..families import LOSS_REGION
 from .prompts import PromptTable
 
 
@@ -50,7 +51,8 @@ class Batch:
         latents: Of the samples; None for layouts without samples.
         prompts: Conditioning on the row's prompt, by name, `(B, ...)`.
         sample_conditioning: Conditioning on how each sample was prepared, `(S, B, ...)`.
-        conditions: Encoded condition images by column, `(B, ...)`, shared by the row's samples.
+        conditions: Encoded condition images by column, and the region where errors count as `LOSS_REGION`, `(B, ...)`,
+            shared by the row's samples.
         scalars: Columns of numbers, `(B,)` or, one per sample, `(B, S)`.
         empty_prompts: As `prompts`, on the empty prompt, where rows have one each; else `Mode.empty_prompt` is all
             rows'.
@@ -193,7 +195,8 @@ def with_dropout(conditioning: dict[str, Tensor], uniform: Tensor, mode: Mode, b
         for name, tensor in batch.empty_prompts.items()
     }
     conditioning = drop_prompts(conditioning, uniform < mode.prompt_dropout, repeated or mode.empty_prompt)
-    no_images = {name: torch.zeros_like(conditioning[name][:1]) for name in batch.conditions}
+    images = batch.conditions.keys() - {LOSS_REGION}
+    no_images = {name: torch.zeros_like(conditioning[name][:1]) for name in images}
     return drop_prompts(conditioning, uniform < mode.prompt_dropout * mode.condition_dropout, no_images)
 
 

@@ -81,9 +81,7 @@ def encoding_costs(
     of_sample = {name: tuple(tensor.shape) for name, tensor in preparation.uncropped_conditioning().items()}
     of_prompt = {name: shape for name, shape in inputs.conditioning.items() if name not in of_sample}
     count = layout.num_samples + len(layout.conditions)
-    # Of a cell that may have several images, one is counted.
-    names = layout.condition_names[: len(layout.conditions)]
-    conditions = family.condition_shapes(pipeline, names, preparation.shape)
+    conditions = layout.condition_shapes(pipeline, family, preparation.shape)
     return EncodingCosts(
         row_bytes=row_bytes(inputs.latents, of_sample, conditions, layout, options, pipeline.vae.dtype),
         prompt_bytes=stored_bytes(of_prompt, options.stored_dtype(family.text_dtype(pipeline))),

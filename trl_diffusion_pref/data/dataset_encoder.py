@@ -16,9 +16,10 @@ from xxhash import xxh3_128
 
 from ..families import Family
 from .batch import Collator
+from .cells import captions_of, prompt_problems, scalar_problems
 from .encoded import LIBRARIES, EncodedDataset
 from .encoders import Encoders
-from .layouts import Layout, captions_of, column_names, labelled_datasets, prompt_problems, scalar_problems
+from .layouts import Layout, column_names, labelled_datasets
 from .options import EncodingOptions
 from .pair_source import RowSource
 from .preparation import preparation_for

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from ..export.files import write_whole
 from .batch import MEAN, PROMPT_NUMBER, SCALAR
-from .layouts import caption_number
+from .cells import caption_number
 from .prompts import PromptTable
 from .shards import KEY, ShardedTensors, key_of
 

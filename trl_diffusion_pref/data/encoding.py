@@ -12,11 +12,14 @@ from PIL import ImageOps
 from PIL.Image import Image
 from torch import Tensor
 
+from ..families import LOSS_REGION
 from .bad_rows import RowProblem
 from .batch import CONDITION, EMPTY_PROMPT, MEAN, PROMPT, SAMPLE, STD
-from .decode.cell import CellProblem
+from .cells import captions_of
+from .decode.cell import CellProblem, read_cell
+from .decode.image import decode_image
 from .image_shapes import shape_problems
-from .layouts import Layout, captions_of
+from .layouts import Layout
 from .options import EncodingOptions, as_stored
 from .preparation import Preparation
 
@@ -31,6 +34,7 @@ class PreparedRow:
         notes: What to know, by kind.
         conditions: Condition images as `Family.encode_conditions` takes each, by name.
         seen: The prompt and the condition images that a text encoder sees, where it does.
+        region: Where errors count, see `Family.region_of`, where that is not everywhere and no condition image.
     """
 
     row: int
@@ -40,6 +44,7 @@ class PreparedRow:
     notes: dict[str, str]
     conditions: dict[str, Tensor]
     seen: tuple[str, list[Image]] | None = None
+    region: Tensor | None = None
 
 
 class RowEncoder:
@@ -95,6 +100,8 @@ class RowEncoder:
                 conditions[number] = {name: condition[position] for name, condition in of_members.items()}
         encoded = []
         for number, row in enumerate(prepared):
+            if row.region is not None:
+                conditions[number][LOSS_REGION] = row.region
             tensors: dict[str, Tensor] = {}
             if moments:
                 tensors[MEAN] = torch.stack([mean[number] for mean, _ in moments])
@@ -149,6 +156,7 @@ class RowEncoder:
         problems: list[RowProblem] = []
         decoded: list[Any] = []
         images: list[Image] = []
+        masks: list[Image] = []
         notes: dict[str, str] = {}
         for index, cell in layout.cells(cells):
             place = layout.places[index]
@@ -160,6 +168,9 @@ class RowEncoder:
                 if isinstance(cell, (list, tuple)):
                     message = f"found {len(cell)} images, but {preparation.pipeline_class} takes one in this column"
                     raise CellProblem(message, "wrong length")
+                if index == len(layout.places) - 1 and layout.region is not None:
+                    masks.append(decode_image(read_cell(cell)))
+                    continue
                 images.append(preparation.decode_condition(cell))
                 # What it is cropped to is the sample's size.
                 if not self.family.own_condition_sizes:
@@ -167,7 +178,7 @@ class RowEncoder:
             except CellProblem as error:
                 problems.append(RowProblem(row, place, str(error), error.kind))
         # Those of stored data sets are known from headers already; not those of streams and behind URLs.
-        if not problems and (shown := [*decoded, *images]) and all(isinstance(item, Image) for item in shown):
+        if not problems and (shown := [*decoded, *images, *masks]) and all(isinstance(item, Image) for item in shown):
             sizes = np.zeros((1, len(layout.places), 2), dtype=np.int32)
             sizes[0, [number for number, _ in layout.cells(cells)]] = [item.size for item in shown]
             problems = [
@@ -187,6 +198,12 @@ class RowEncoder:
             name: preparation.condition_tensor(image, len(images), crop_at, flip)
             for name, image in zip(layout.condition_names, images, strict=False)
         }
+        region = None
+        try:
+            for mask in masks:
+                region = preparation.region(mask, crop_at, flip)
+        except CellProblem as error:
+            return _bad(row, [RowProblem(row, f"column '{layout.region}'", str(error), error.kind)])
         if layout.mask is not None and (reason := self.family.mask_problem(self.pipeline, conditions[layout.mask])):
             return _bad(row, [RowProblem(row, f"column '{layout.mask}'", reason, "empty mask")])
         # Also where they differ only in what is always cut off; with another seed, another crop may show it.
@@ -199,7 +216,7 @@ class RowEncoder:
             names = " and ".join(repr(column) for column in layout.samples)
             reason = f"what is used of them is the same {preparation.noun}, so there is no preference"
             return _bad(row, [RowProblem(row, f"columns {names}", reason, "same samples")])
-        return PreparedRow(row, [], samples, conditioning, notes, conditions, seen)
+        return PreparedRow(row, [], samples, conditioning, notes, conditions, seen, region)
 
 
 def _bad(row: int, problems: list[RowProblem]) -> PreparedRow:

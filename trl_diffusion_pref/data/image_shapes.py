@@ -50,14 +50,14 @@ def shape_problems(
     report(
         long > policy.max_aspect_ratio * short, f"max_aspect_ratio is {policy.max_aspect_ratio:g}", "too long and thin"
     )
-    if layout.mask is not None:
-        mask = count + layout.conditions.index(layout.mask)
-        both = known[:, [mask - 1, mask]].all(axis=1)
-        for row in np.flatnonzero(both & (sizes[:, mask] != sizes[:, mask - 1]).any(axis=1)).tolist():
-            (width, height), (of_mask_width, of_mask_height) = sizes[row, [mask - 1, mask]].tolist()
+    if layout.mask_and_image is not None:
+        mask, image = layout.mask_and_image
+        both = known[:, [image, mask]].all(axis=1)
+        for row in np.flatnonzero(both & (sizes[:, mask] != sizes[:, image]).any(axis=1)).tolist():
+            (width, height), (of_mask_width, of_mask_height) = sizes[row, [image, mask]].tolist()
             reason = (
-                f"a mask of {of_mask_width}x{of_mask_height} pixels, but the image in column "
-                f"'{layout.conditions[mask - count - 1]}' has {width}x{height}; scale the mask to the image's size"
+                f"a mask of {of_mask_width}x{of_mask_height} pixels, but the image in {layout.places[image]} has "
+                f"{width}x{height}; scale the mask to the image's size"
             )
             problems.append(RowProblem(row, layout.places[mask], reason, "different sizes"))
     if buckets is not None and count > 1 and buckets.on_aspect_difference != "crop":

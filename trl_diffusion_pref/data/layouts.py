@@ -1,18 +1,14 @@
 """What a row may hold: which columns an algorithm reads, and what their cells must be."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline
 
-from ..diffusion.randomness import CAPTION, generator_for
-from ..families import Family, all_families, editing_pipelines
-from .bad_rows import RowProblem
+from ..families import LOSS_REGION, Family, all_families, editing_pipelines
 
 
 class Between(NamedTuple):
@@ -49,6 +45,7 @@ class Layout:
         conditions: Columns of images that the model is conditioned on, shared by the row's samples.
         mask: The one of `conditions` that is a mask of the one before it, and has its size; None without.
         images_per_cell: How many images a cell of the last of them may have: above 1, one image or a list.
+        region: A column of masks of the samples, which the model does not see: errors are taken over what they mark.
         scalars: Columns of numbers, one per row or, for rankings, one per sample.
         optional_scalars: The same, read where the data set has them.
         ranges: What the numbers of a column may be: the least and the largest, or all that there are. Columns that are
@@ -62,6 +59,7 @@ class Layout:
     conditions: tuple[str, ...] = ()
     mask: str | None = None
     images_per_cell: int = 1
+    region: str | None = None
     scalars: tuple[str, ...] = ()
     optional_scalars: tuple[str, ...] = ()
     ranges: Mapping[str, Between | OneOf] = field(default_factory=dict)
@@ -70,7 +68,7 @@ class Layout:
     @property
     def needed(self) -> tuple[str, ...]:
         """Columns that every data set must have."""
-        return ("prompt", *self.samples, *self.conditions, *self.scalars)
+        return ("prompt", *self.media, *self.scalars)
 
     @property
     def num_samples(self) -> int:
@@ -103,25 +101,52 @@ class Layout:
             images_per_cell=family.max_condition_images,
         )
 
+    def over_mask(self, family: Family) -> "Layout":
+        """The same with the column of masks that errors are taken over, where the model is not conditioned on one.
+
+        Raises:
+            ValueError: Samples are audio.
+        """
+        if family.modality == "audio":
+            raise ValueError(
+                f"loss_on_mask=True: {family.pipeline_class} generates audio, of which there are no masks. Leave the "
+                "option out."
+            )
+        return self if family.mask_column is not None else replace(self, region=REGION_COLUMN)
+
     def scalars_of(self, columns: Sequence[str]) -> tuple[str, ...]:
         """The columns of numbers that a data set with these columns has."""
         return (*self.scalars, *(name for name in self.optional_scalars if name in columns))
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Columns with samples and condition images."""
-        return (*self.samples, *self.conditions)
+        """Columns with samples, condition images and masks."""
+        return (*self.samples, *self.conditions, *self._region)
+
+    @property
+    def _region(self) -> tuple[str, ...]:
+        return () if self.region is None else (self.region,)
 
     @property
     def places(self) -> list[str]:
-        """Where each sample of a row stands, then each condition image that it may have, in words."""
+        """Where each sample of a row stands, then each condition image that it may have, then its region, in words."""
 
         def of(columns: Sequence[str], count: int | None) -> list[str]:
             names = [f"column '{name}'" for name in columns]
             return names if count is None else [*names[:-1], *(f"{names[-1]}, number {n}" for n in range(count))]
 
         several = self.images_per_cell if self.images_per_cell > 1 else None
-        return [*of(self.samples, self.samples_per_cell), *of(self.conditions, several)]
+        media = [*of(self.samples, self.samples_per_cell), *of(self.conditions, several)]
+        return [*media, *of(self._region, None)]
+
+    @property
+    def mask_and_image(self) -> tuple[int, int] | None:
+        """The numbers, in `places`, of the mask and of the image whose size it has; None without."""
+        if self.mask is not None:
+            mask = self.num_samples + self.conditions.index(self.mask)
+            return mask, mask - 1
+        # Of a trainer that generates its samples, the mask is all there is.
+        return None if self.region is None or not self.samples else (len(self.places) - 1, 0)
 
     @property
     def condition_names(self) -> list[str]:
@@ -132,14 +157,28 @@ class Layout:
         return [*others, *(f"{last}/{number}" for number in range(self.images_per_cell))]
 
     def cells(self, row: dict[str, Any]) -> list[tuple[int, Any]]:
-        """A row's samples, then its condition images, each with its number in `places`."""
+        """A row's samples, then its condition images, then its region, each with its number in `places`."""
         samples = [row[name] for name in self.samples]
         conditions = [row[name] for name in self.conditions]
         if self.samples_per_cell is not None:
             samples = list(row[self.samples[0]])
         if self.images_per_cell > 1 and isinstance(conditions[-1], (list, tuple)):
             conditions = [*conditions[:-1], *conditions[-1]]
-        return [*enumerate(samples), *enumerate(conditions, start=self.num_samples)]
+        region = [(len(self.places) - 1, row[name]) for name in self._region]
+        return [*enumerate(samples), *enumerate(conditions, start=self.num_samples), *region]
+
+    def condition_shapes(
+        self, pipeline: DiffusionPipeline, family: Family, sample_shape: tuple[int, ...], *, all_of_cell: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is kept of condition images and of the region, by name.
+
+        Args:
+            sample_shape: As `Family.encode_samples` takes a sample, without the batch dimension.
+            all_of_cell: Whether a cell that may have several images has all of them, or one.
+        """
+        names = self.condition_names if all_of_cell else self.condition_names[: len(self.conditions)]
+        region = {} if self.region is None else {LOSS_REGION: family.region_shape(pipeline, sample_shape)}
+        return family.condition_shapes(pipeline, names, sample_shape) | region
 
     def problem(self, row: dict[str, Any]) -> tuple[str, str] | None:
         """Where a row's cell has a number of samples or condition images that it may not have; or None."""
@@ -157,6 +196,8 @@ class Layout:
         return None
 
 
+# The name that inpainting pipelines have for it, so that one data set serves both.
+REGION_COLUMN = "mask_image"
 PAIRS = Layout(samples=("chosen", "rejected"))
 
 
@@ -206,6 +247,13 @@ def check_columns(
         return
     columns = column_names(dataset)
     missing = [name for name in needed if name not in columns]
+    if missing == [layout.region]:
+        raise ValueError(
+            f"{label} lacks the column {layout.region}, which loss_on_mask=True needs: a mask of the size of each "
+            "row's samples, white where errors count and black where not. Found: "
+            f"{', '.join(columns)}. Rename yours: dataset.rename_column('your_name', '{layout.region}'); or leave the "
+            "option out."
+        )
     if missing and set(missing) <= set(layout.conditions):
         needs = "the pipeline edits images, and each row needs the image that its samples were made from"
         if layout.mask is not None:
@@ -262,12 +310,13 @@ def check_ignored_columns(dataset: Dataset | IterableDataset, label: str, layout
             f"load_pairs(...).remove_columns('{found}')."
         )
     inpainting = [each for each in all_families() if each.mask_column in column_names(dataset)]
-    mask = next((each.mask_column for each in inpainting if each.mask_column not in layout.conditions), None)
+    mask = next((each.mask_column for each in inpainting if each.mask_column not in layout.media), None)
     if layout.is_pairs and mask is not None:
         raise ValueError(
             f"{label} has the column {mask}, with the part of each image that was generated, and the trained model "
-            f"sees no mask. Train a pipeline that does ({', '.join(each.pipeline_class for each in inpainting)}), or "
-            f"remove the column: load_pairs(...).remove_columns('{mask}')."
+            f"sees no mask. Train a pipeline that does ({', '.join(each.pipeline_class for each in inpainting)}), set "
+            "loss_on_mask=True to take errors over that part alone, or remove the column: "
+            f"load_pairs(...).remove_columns('{mask}')."
         )
 
 
@@ -279,77 +328,6 @@ def _labelled_pairs(columns: Sequence[str]) -> str:
         " These are Pick-a-Pic's columns: jpg_0 is chosen where label_0 is 1, jpg_1 where it is 0, and 0.5 is a tie, "
         "so renaming alone would give pairs in the wrong order."
     )
-
-
-def captions_of(cell: Any) -> list[str]:
-    """The captions of a cell of the column `prompt`: one, or several among which training chooses."""
-    captions = cell if isinstance(cell, (list, tuple)) else [cell]
-    return [caption for caption in captions if isinstance(caption, str)]
-
-
-def scalar_problems(
-    columns: Mapping[str, Sequence[Any]], layout: Layout, lengths: Sequence[int] | np.ndarray | None = None
-) -> list[RowProblem]:
-    """Numbers that are missing, no numbers, not finite, out of their range, or too few, with their rows from 0.
-
-    Args:
-        columns: The cells of the layout's columns of numbers.
-        lengths: How many samples each row has, where rows have several numbers of them.
-    """
-    problems, per_sample = [], layout.samples_per_cell
-    for column, cells in columns.items():
-        allowed = layout.ranges.get(column)
-        for row, cell in enumerate(cells):
-            if per_sample is None:
-                reason = _problem_of_number(cell, allowed)
-            elif not isinstance(cell, (list, tuple, np.ndarray)):
-                count = per_sample if layout.fewest_per_cell is None else "so many"
-                reason = f"is {_shown(cell)}, not a list of {count} numbers"
-            elif len(cell) != (found := per_sample if lengths is None else lengths[row]):
-                reason = f"has {len(cell)} numbers for {found} samples"
-            else:
-                reason = next(filter(None, (_problem_of_number(value, allowed) for value in cell)), None)
-            if reason is not None:
-                problems.append(RowProblem(row, f"column '{column}'", reason, "unusable label"))
-    return problems
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _problem_of_number(value: object, allowed: Between | OneOf | None) -> str | None:
-    if not isinstance(value, Real) or (isinstance(value, (bool, np.bool_)) and not isinstance(allowed, OneOf)):
-        return f"is {_shown(value)}, not a number"
-    if not math.isfinite(value):
-        return f"is {float(value)}, not a finite number"
-    return None if allowed is None or value in allowed else f"is {float(value):g}, not {allowed}"
-
-
-def prompt_problems(cells: Sequence[Any]) -> list[RowProblem]:
-    """Prompts that are empty or no strings, with their rows, which are counted from 0."""
-    problems = []
-    for row, cell in enumerate(cells):
-        captions = cell if isinstance(cell, (list, tuple)) else [cell]
-        for caption in captions or [""]:
-            if not isinstance(caption, str):
-                kind = "empty prompt" if caption is None else "wrong type"
-                reason = "is None" if caption is None else f"is {type(caption).__name__}, not a string"
-            elif not caption.strip():
-                kind, reason = "empty prompt", "is empty"
-            else:
-                continue
-            problems.append(RowProblem(row, "column 'prompt'", reason, kind))
-            break
-    return problems
-
-
-def caption_number(count: int, seed: int, row: int, epoch: int) -> int:
-    """Which of a row's captions is used in an epoch: one drawn from the row's own random numbers."""
-    if count == 1:
-        return 0
-    return int(torch.randint(count, (1,), generator=generator_for(seed, CAPTION, row, epoch)))
 
 
 def named_datasets(eval_dataset: Any) -> Iterator[tuple[str, Dataset | IterableDataset]]:

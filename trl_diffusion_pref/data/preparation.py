@@ -94,6 +94,24 @@ class Preparation(ABC, Generic[Decoded]):
         size = self.family.condition_size(self.pipeline, (image.height, image.width), count)
         return stretch_image(self.family.cut_condition(self.pipeline, image, size), size, flip)
 
+    def region(self, mask: PILImage.Image, crop_at: tuple[float, float], flip: bool) -> Tensor:
+        """What a mask of a sample marks, cropped and flipped as that is, in the latents' size; see `Family.region_of`.
+
+        Raises:
+            CellProblem: Nothing.
+        """
+        # Other ways of scaling make grey of black where white is near.
+        box = PILImage.Resampling.BOX
+        pixels = prepare_image(mask, (self.shape[-2], self.shape[-1]), crop_at, flip, box)
+        region = self.family.region_of(self.pipeline, (pixels.mean(dim=0) + 1) / 2, self.shape)
+        if not region.any():
+            raise CellProblem(
+                "the mask marks nothing, or nothing that remains in the training size, so there is no error to take; "
+                "it must be white where errors count, and black elsewhere",
+                "empty mask",
+            )
+        return region
+
     @abstractmethod
     def _decode(self, cell: object) -> Decoded:
         """Decodes a cell whose file has been read; raises `CellProblem` if it cannot be used."""

@@ -130,6 +130,8 @@ class SampleEncoder:
 
     def _conditions_record(self) -> dict[str, Any]:
         record: dict[str, Any] = {"conditions": list(self.layout.conditions)}
+        if self.layout.region is not None:
+            record["loss_on_mask"] = True
         if not self.layout.conditions:
             return record
         if self.family.own_condition_sizes:
@@ -150,7 +152,7 @@ class SampleEncoder:
     def bytes_per_row(self, samples: int | None = None) -> int:
         """Bytes that a row takes on disk, of so many samples in a cell where cells have several numbers of them."""
         of_sample = {name: tuple(tensor.shape) for name, tensor in self.preparation.uncropped_conditioning().items()}
-        conditions = self.family.condition_shapes(self.pipeline, self.layout.condition_names, self.preparation.shape)
+        conditions = self.layout.condition_shapes(self.pipeline, self.family, self.preparation.shape, all_of_cell=True)
         layout = self.layout if samples is None else replace(self.layout, samples_per_cell=samples)
         options: Any = {"layout": layout, "options": self.options, "encoder": self.pipeline.vae.dtype}
         return row_bytes(self.latent_shape, of_sample, conditions, **options)
@@ -194,7 +196,9 @@ class SampleEncoder:
         keys = self._row_keys(contents.keys, buckets, undecoded)
         sizes, of_samples_alone = self.sizes, buckets
         if own_sizes:
-            buckets, sizes = self._by_condition_sizes(contents.sizes[:, self.layout.num_samples :], buckets, good)
+            first = self.layout.num_samples
+            of_conditions = contents.sizes[:, first : first + len(self.layout.condition_names)]
+            buckets, sizes = self._by_condition_sizes(of_conditions, buckets, good)
         if self.layout.fewest_per_cell is not None:
             buckets, sizes = self._by_length(lengths, buckets, sizes, good)
         shards = ShardedTensors(self.cache_folder / f"samples-{key_of(self.record()).hex()}")

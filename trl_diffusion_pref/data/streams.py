@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .bad_rows import RowProblem
 from .batch import CONDITION, PROMPT, SCALAR, grouped
+from .cells import caption_number, captions_of, prompt_problems, scalar_problems
 from .encoding import PreparedRow, RowEncoder
-from .layouts import caption_number, captions_of, prompt_problems, scalar_problems
 from .options import as_stored
 from .prompts import truncation_report, without_truncation_messages
 from .stream_reading import Chunk, Progress, StreamPart, StreamRow, check_source, one_ahead

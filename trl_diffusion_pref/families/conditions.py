@@ -4,9 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
+
+
+# The name in a step's conditioning of the region where errors count, for pipelines that see no mask themselves.
+LOSS_REGION = "loss_region"
 
 
 class Conditions(ABC):
@@ -124,13 +129,33 @@ class Conditions(ABC):
         """
         return None
 
+    def region_of(self, pipeline: DiffusionPipeline, mask: Tensor, sample_shape: tuple[int, ...]) -> Tensor:
+        """A mask in the size of the latents, each of whose values is the mean over what it stands for of the sample.
+
+        Args:
+            mask: `(H, W)` float32 in [0, 1], in the sample's size.
+            sample_shape: As `encode_samples` takes a sample, without the batch dimension.
+
+        Returns:
+            See `region_shape`.
+        """
+        shape = self.region_shape(pipeline, sample_shape)
+        return F.interpolate(mask[None, None], shape[-2:], mode="area").reshape(shape)
+
+    def region_shape(self, pipeline: DiffusionPipeline, sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of `region_of`: the latents' height and width, and 1 for channels and frames."""
+        *others, height, width = self.latent_shape(pipeline, sample_shape)
+        return (*[1] * len(others), height, width)
+
     def loss_region(self, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """Where the latents are generated and not kept: `(B, 1, ...)`, 1 there and 0 elsewhere.
+        """Where the latents count for the error: `(B, 1, ...)` in [0, 1], with a positive number in each sample.
+
+        Default: what `region_of` made of a mask that the denoiser does not see.
 
         Args:
             conditioning: As `predict` gets it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a mask_column and does not say which latents it marks")
+        return conditioning[LOSS_REGION]
 
     def encode_prompts_with_images(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], images: Sequence[Sequence[Image]]

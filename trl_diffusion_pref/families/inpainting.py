@@ -77,6 +77,7 @@ class InpaintingFamily(Family):
         )
 
     def loss_region(self, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Where the latents are generated and not kept, 1 there and 0 elsewhere."""
         return conditioning["mask_image"].amax(dim=1, keepdim=True)
 
     def latent_channels(self, pipeline: DiffusionPipeline) -> int:

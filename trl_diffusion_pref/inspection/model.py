@@ -130,7 +130,7 @@ class InspectedModel:
         latent = self.family.latent_shape(self.pipeline, self.preparation.shape)
         of_sample = {name: tuple(tensor.shape) for name, tensor in conditioning.items()}
         dtype = getattr(self.pipeline.vae, "dtype", torch.float32)
-        conditions = self.family.condition_shapes(self.pipeline, layout.conditions, self.preparation.shape)
+        conditions = layout.condition_shapes(self.pipeline, self.family, self.preparation.shape)
         of_row, of_row_mean = (
             row_bytes(latent, of_sample, conditions, layout, EncodingOptions(keep_std=keep), dtype)
             for keep in (keep_std, False)

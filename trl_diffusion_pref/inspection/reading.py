@@ -8,9 +8,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ..data.bad_rows import BadRowPolicy, RowProblem
+from ..data.cells import captions_of, prompt_problems
 from ..data.decode.cell import CellProblem, Kind
 from ..data.image_shapes import shape_problems
-from ..data.layouts import Layout, captions_of, prompt_problems
+from ..data.layouts import Layout
 from .contact_sheet import SheetChoice
 from .counters import BadRowCounter, PromptCounter
 from .rows import Sample, SourceRow, SourceRows

@@ -1,6 +1,5 @@
 """A trainer's own step on fake tensors."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data import Encoders
 from ..data.batch import Batch, Posterior
+from ..data.layouts import Layout
 from ..data.preparation import preparation_for
 from ..data.resolution import as_resolution
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
@@ -48,8 +48,8 @@ class _Encoder:
         self.shapes, self.family = family.input_shapes(pipeline, self.preparation.shape), family
         self.pipeline, self.latent_shape = pipeline, self.shapes.latents
 
-    def condition_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        return self.family.condition_shapes(self.pipeline, names, self.preparation.shape)
+    def condition_shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
+        return layout.condition_shapes(self.pipeline, self.family, self.preparation.shape)
 
     def prompts(self, rows: int) -> dict[str, Tensor]:
         prompts = {}
@@ -158,7 +158,8 @@ class FakeStep:
         )
         if isinstance(args, ReferenceConfig):
             vars(trainer).update(reference=HeldReference(None, args))
-        trainer.layout = trainer.make_layout().conditioned_on(family)
+        layout = trainer.make_layout().conditioned_on(family)
+        trainer.layout = layout.over_mask(family) if args.loss_on_mask else layout
         # Errors, and what stands beside them.
         self.accelerator.numbers_per_row = 4 * trainer.layout.num_samples
         trainer.check_step(peft_config)
@@ -225,9 +226,6 @@ class FakeStep:
             latents=latents,
             prompts=encoder.prompts(rows),
             sample_conditioning={},
-            conditions={
-                name: torch.ones(rows, *shape)
-                for name, shape in encoder.condition_shapes(layout.condition_names[: len(layout.conditions)]).items()
-            },
+            conditions={name: torch.ones(rows, *shape) for name, shape in encoder.condition_shapes(layout).items()},
             scalars={name: torch.ones(rows, *per_sample) for name in layout.scalars},
         )

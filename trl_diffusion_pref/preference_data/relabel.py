@@ -10,12 +10,13 @@ import numpy as np
 from datasets import Dataset, List, Value
 from PIL.Image import Image
 
+from ..data.cells import captions_of
 from ..data.content import cell_key
 from ..data.decode.audio import decode_audio
 from ..data.decode.cell import CellProblem, kind_of, read_cell, undecoded_feature
 from ..data.decode.image import decode_image
 from ..data.known_layouts import PAIRS_LAYOUT, Match, condition_columns
-from ..data.layouts import PAIRS, Layout, captions_of, check_columns
+from ..data.layouts import PAIRS, Layout, check_columns
 from ..data.pair_rows import PairTable, build_pairs
 from ..data.pairs import as_pairs
 from ..data.shards import key_of

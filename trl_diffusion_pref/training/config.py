@@ -81,8 +81,9 @@ class DiffusionPreferenceConfig(DataConfig):
             grid, towards the noise. Default: what the scheduler's config says, by the image's size where it says so;
             1 leaves times unchanged, as diffusers' examples train Flux. An error for other models.
         loss_on_mask (`bool`, *optional*, defaults to `False`):
-            Takes errors over the masked part of each sample alone, which the pipeline generates; the rest of the image
-            is given. For losses, metrics and held-out likelihoods. An error for pipelines that take no `mask_image`.
+            Takes errors over the part of each sample alone that the column `mask_image` marks: with inpainting
+            pipelines the part that they generate, with others a part that the preference is about. For losses, metrics
+            and held-out likelihoods. An error for pipelines that generate audio. See docs/data.md.
         eval_draws (`int`, *optional*, defaults to `8`):
             Noisy versions of each held-out image, stratified over timesteps, from which evaluation estimates
             likelihoods for the preference accuracy; at least 0, which leaves it out. More cost more and vary less.

@@ -35,7 +35,7 @@ from ..data.resolution import Resolution
 from ..data.stored import list_lengths
 from ..data.weighted_batches import WeightedBatchSampler
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
-from ..families import Family, all_families
+from ..families import Family
 from .config import AnyDataset, DiffusionPreferenceConfig
 
 
@@ -55,8 +55,18 @@ def with_condition_columns(train_dataset: Any, eval_dataset: Any, family: Family
     return with_condition_column(train_dataset, family), evaluated
 
 
-def layout_of(layout: Layout, family: Family, train_dataset: Any, eval_dataset: Any) -> Layout:
-    """A layout with the condition images of a run, which optional ones are where the training data have them."""
+def layout_of(
+    layout: Layout, family: Family, train_dataset: Any, eval_dataset: Any, *, loss_on_mask: bool = False
+) -> Layout:
+    """A layout with the condition images of a run, which optional ones are where the training data have them.
+
+    Args:
+        loss_on_mask: Whether errors are taken over a mask, which is then a column also where the model sees none.
+
+    Raises:
+        ValueError: `loss_on_mask` of audio.
+    """
+    layout = layout.over_mask(family) if loss_on_mask else layout
     evaluated = [dataset for _, dataset in labelled_datasets(eval_dataset)]
     given = [dataset for dataset in (train_dataset, *evaluated) if dataset is not None]
     first = next(iter(given), None)
@@ -116,14 +126,9 @@ def rows_of(
 
     Raises:
         ValueError: A data set is missing or empty, its layout is not known, no label can be used, or it has a column
-            that training would ignore; or `loss_on_mask` where rows have no mask.
+            that training would ignore.
         TypeError: Not a data set.
     """
-    if args.loss_on_mask and family.mask_column is None:
-        raise ValueError(
-            f"loss_on_mask=True: {family.pipeline_class} takes no mask. Leave the option out, or train a pipeline for "
-            f"inpainting: {', '.join(each.pipeline_class for each in all_families() if each.mask_column)}."
-        )
     sources: dict[str, RowSource] = {}
     if training:
         train_dataset = rows_of_one(train_dataset, "train_dataset", layout, family, args, prepare, sources)

@@ -187,6 +187,11 @@ class DiffusionNFTTrainer(DiffusionTrainer):
                 f"start='noise' generates from prompts alone, and a {self.family.pipeline_class} is conditioned on "
                 "images. Generate samples first, and train on them and their scores with start='data'."
             )
+        if self.layout.region is not None:
+            raise ValueError(
+                "loss_on_mask=True and start='noise', whose samples are generated and have no masks. Leave the option "
+                "out, or train with start='data'."
+            )
 
     def setup_step(self) -> None:
         args = self.args

@@ -48,6 +48,7 @@ ProblemKind = Literal[
     "too long and thin",
     "wrong length",
     "wrong format",
+    "empty mask",
     "missing package",
 ]
 

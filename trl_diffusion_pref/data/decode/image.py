@@ -152,7 +152,13 @@ def crop_top_left(
     return top, width - shape[1] - left if flip else left
 
 
-def prepare_image(image: Image.Image, shape: tuple[int, int], crop_at: tuple[float, float], flip: bool) -> Tensor:
+def prepare_image(
+    image: Image.Image,
+    shape: tuple[int, int],
+    crop_at: tuple[float, float],
+    flip: bool,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Tensor:
     """Scales an image until it just covers the result, crops what is left over, and mirrors it if `flip` is set.
 
     Args:
@@ -161,6 +167,7 @@ def prepare_image(image: Image.Image, shape: tuple[int, int], crop_at: tuple[flo
         crop_at: Position of the crop within the pixels that are cut away, horizontally and vertically, each in [0, 1];
             0.5 is the centre. The same value gives corresponding crops of two images of different shapes.
         flip: Whether to mirror left to right.
+        resampling: How pixels are scaled.
 
     Returns:
         `(3, height, width)` float32 in [-1, 1].
@@ -174,7 +181,7 @@ def prepare_image(image: Image.Image, shape: tuple[int, int], crop_at: tuple[flo
         # Only the part that is kept is scaled: a thin image would grow to gigabytes otherwise.
         x0, x1 = (edge * image.width / scaled[0] for edge in (box[0], box[2]))
         y0, y1 = (edge * image.height / scaled[1] for edge in (box[1], box[3]))
-        image = image.resize((shape[1], shape[0]), Image.Resampling.LANCZOS, box=(x0, y0, x1, y1))
+        image = image.resize((shape[1], shape[0]), resampling, box=(x0, y0, x1, y1))
     return _to_tensor(image, flip)
 
 
