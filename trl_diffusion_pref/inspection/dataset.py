@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from ..data.bad_rows import BadRowPolicy
 from ..data.decode.cell import Kind
-from ..data.layouts import PAIRS, REGION_COLUMN, Layout
+from ..data.layouts import PAIRS, Layout
 from ..data.load import Source, read_source
 from ..data.pair_options import PairOptions, RankingPairs, Ties
 from ..data.preference_labels import Dimension
@@ -195,8 +195,7 @@ def _notes(rows: SourceRows, read: ReadRows, kind: Kind | None, model: Inspected
         name, family = type(model.pipeline).__name__, model.family
         missing = [column for column in family.condition_images if column not in rows.conditions]
         if rows.conditions and not family.condition_images:
-            but = " unless loss_on_mask=True" if set(rows.conditions) == {REGION_COLUMN} else ""
-            notes.append(f"A {name} takes no condition images; training refuses the column '{columns[0]}'{but}.")
+            notes.append(f"A {name} takes no condition images; training refuses the column '{columns[0]}'.")
         elif missing and not family.condition_is_optional:
             notes.append(f"A {name} edits images; training needs the column '{missing[0]}' too, which is not there.")
     if columns:
