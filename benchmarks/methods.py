@@ -159,6 +159,14 @@ def report(runs: Runs, tasks: Sequence[str], methods: Sequence[str]) -> tuple[st
     lines = [*_introduction(runs)]
     shown: list[dict[str, Any]] = []
     missing: list[str] = []
+    lines += ["", "## All three tasks", "", "Images that are in the preferred style, right and clean:", ""]
+    lines += [
+        "| method | " + " | ".join(TASKS[task].title.partition(":")[0] for task in tasks) + " |",
+        "|---" * (len(tasks) + 1) + "|",
+    ]
+    for method in (BASE, *methods):
+        title = "base" if method == BASE else METHODS[method].title
+        lines.append(f"| {title} | " + " | ".join(_good(runs, task, method) for task in tasks) + " |")
     for task in tasks:
         names = ["preferred", "right", "clean", "all three", "diversity", "held-out accuracy", "time"]
         lines += ["", f"## {TASKS[task].title}", "", "| method | learning rate | " + " | ".join(names) + " |"]
@@ -212,6 +220,12 @@ def _introduction(runs: Runs) -> Iterator[str]:
         f"where they are too few. Held-out accuracy: on {HELD_OUT} other pairs, whose labels are right, against the "
         "base. Time: the processor's, of training, in units of SFT's."
     )
+
+
+def _good(runs: Runs, task: str, method: str) -> str:
+    """The share of good images of a method's runs with the learning rate that was chosen for it."""
+    wanted = [runs.base(task)] if method == BASE else runs.with_chosen(task, method)
+    return _cell([record["test"]["good"] for record in map(runs.of, wanted) if record and "test" in record])
 
 
 def _row(method: str, records: list[dict[str, Any]], seeds: int, unit: Sequence[float]) -> str:
