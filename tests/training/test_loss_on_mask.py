@@ -30,7 +30,8 @@ from trl_diffusion_pref import (
 from trl_diffusion_pref.algorithms.mapo import trainer as mapo_trainer
 from trl_diffusion_pref.algorithms.self_npo import trainer as self_npo_trainer
 from trl_diffusion_pref.data.preparation import preparation_for
-from trl_diffusion_pref.families import LOSS_REGION, family_for
+from trl_diffusion_pref.families import family_for
+from trl_diffusion_pref.families.conditions import LOSS_REGION
 from trl_diffusion_pref.shapes import preference_pairs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..diffusion.noise import NoiseProcess
 from ..diffusion.randomness import SampleKey, draw_rows
-from ..families import LOSS_REGION
+from ..families.conditions import LOSS_REGION
 from .prompts import PromptTable
 
 

@@ -12,7 +12,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 from torch import Tensor
 
-from ..families import LOSS_REGION
+from ..families.conditions import LOSS_REGION
 from .bad_rows import RowProblem
 from .batch import CONDITION, EMPTY_PROMPT, MEAN, PROMPT, SAMPLE, STD
 from .cells import captions_of

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline
 
-from ..families import LOSS_REGION, Family, all_families, editing_pipelines
+from ..families import Family, all_families, editing_pipelines
+from ..families.conditions import LOSS_REGION
 
 
 class Between(NamedTuple):

@@ -18,13 +18,11 @@ from torch import nn
 
 from ..host_libraries import quiet_imports
 from .base import Family, InputShapes, Recommended
-from .conditions import LOSS_REGION
 from .modalities import AudioFamily, VideoFamily
 from .nearest import nearest_family, nearest_first
 
 
 __all__ = [
-    "LOSS_REGION",
     "AudioFamily",
     "Family",
     "InputShapes",
