@@ -190,7 +190,8 @@ def test_dropped_condition_images_leave_the_mask(options, monkeypatch):
     rows = concatenate_datasets([rows, sources], axis=1)
     cfg = MaPOConfig(**options(loss_on_mask=True, prompt_dropout=0.9999))
     trainer = MaPOTrainer(tiny.build("instruct_pix2pix"), cfg, rows)
-    trainer.family.condition_dropout = 1.0
+    # Families are shared by all trainers of a process.
+    monkeypatch.setattr(trainer.family, "condition_dropout", 1.0)
     region = trainer.denoise.region
     monkeypatch.setattr(trainer.denoise, "region", lambda given: seen.append(dict(given)) or region(given))
     train(trainer)
