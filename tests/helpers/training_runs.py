@@ -105,3 +105,17 @@ def train(trainer) -> list[float]:
     # All but what no output depends on, such as a last block's update of the text.
     assert len(moved) > 0.85 * len(before) > 0
     return losses
+
+
+def first_values(trainer) -> dict[str, Tensor]:
+    """Losses and metrics of the first step, and its rows."""
+    found, compute = [], trainer.compute_losses
+
+    def compute_losses(model, batch, mode):
+        values = compute(model, batch, mode)
+        found.append({"rows": batch.rows, **{name: value.detach() for name, value in values.items()}})
+        return values
+
+    trainer.compute_losses = compute_losses
+    trainer.train()
+    return found[0]

@@ -11,7 +11,7 @@ from helpers.pipelines import build_tiny_pipeline
 from helpers.recorder import Recorder
 from helpers.tiny_inpainting import masks
 from helpers.tiny_instruct_pix2pix import images
-from helpers.training_runs import train
+from helpers.training_runs import first_values, train
 from PIL import Image as PILImage
 
 from trl_diffusion_pref import (
@@ -47,20 +47,6 @@ def data(marks: list, sources: list | None = None) -> Dataset:
 @pytest.fixture
 def options(image_run):
     return lambda **more: image_run(**{"cache_dtype": "float32", **more})
-
-
-def first_values(trainer) -> dict[str, torch.Tensor]:
-    """Losses and metrics of the first step, and its rows."""
-    found, compute = [], trainer.compute_losses
-
-    def compute_losses(model, batch, mode):
-        values = compute(model, batch, mode)
-        found.append({"rows": batch.rows, **{name: value.detach() for name, value in values.items()}})
-        return values
-
-    trainer.compute_losses = compute_losses
-    trainer.train()
-    return found[0]
 
 
 def marked(mark: PILImage.Image) -> np.ndarray:

@@ -156,7 +156,7 @@ class RowEncoder:
         problems: list[RowProblem] = []
         decoded: list[Any] = []
         images: list[Image] = []
-        masks: list[Image] = []
+        mask: Image | None = None
         notes: dict[str, str] = {}
         for index, cell in layout.cells(cells):
             place = layout.places[index]
@@ -168,8 +168,8 @@ class RowEncoder:
                 if isinstance(cell, (list, tuple)):
                     message = f"found {len(cell)} images, but {preparation.pipeline_class} takes one in this column"
                     raise CellProblem(message, "wrong length")
-                if index == len(layout.places) - 1 and layout.region is not None:
-                    masks.append(decode_image(read_cell(cell)))
+                if index == layout.region_place:
+                    mask = decode_image(read_cell(cell))
                     continue
                 images.append(preparation.decode_condition(cell))
                 # What it is cropped to is the sample's size.
@@ -178,7 +178,8 @@ class RowEncoder:
             except CellProblem as error:
                 problems.append(RowProblem(row, place, str(error), error.kind))
         # Those of stored data sets are known from headers already; not those of streams and behind URLs.
-        if not problems and (shown := [*decoded, *images, *masks]) and all(isinstance(item, Image) for item in shown):
+        shown = [*decoded, *images, *([] if mask is None else [mask])]
+        if not problems and shown and all(isinstance(item, Image) for item in shown):
             sizes = np.zeros((1, len(layout.places), 2), dtype=np.int32)
             sizes[0, [number for number, _ in layout.cells(cells)]] = [item.size for item in shown]
             problems = [
@@ -198,10 +199,8 @@ class RowEncoder:
             name: preparation.condition_tensor(image, len(images), crop_at, flip)
             for name, image in zip(layout.condition_names, images, strict=False)
         }
-        region = None
         try:
-            for mask in masks:
-                region = preparation.region(mask, crop_at, flip)
+            region = None if mask is None else preparation.region(mask, crop_at, flip)
         except CellProblem as error:
             return _bad(row, [RowProblem(row, f"column '{layout.region}'", str(error), error.kind)])
         if layout.mask is not None and (reason := self.family.mask_problem(self.pipeline, conditions[layout.mask])):

@@ -141,13 +141,18 @@ class Layout:
         return [*media, *of(self._region, None)]
 
     @property
+    def region_place(self) -> int | None:
+        """The region's number in `places`: the last; None without."""
+        return None if self.region is None else len(self.places) - 1
+
+    @property
     def mask_and_image(self) -> tuple[int, int] | None:
         """The numbers, in `places`, of the mask and of the image whose size it has; None without."""
         if self.mask is not None:
             mask = self.num_samples + self.conditions.index(self.mask)
             return mask, mask - 1
         # Of a trainer that generates its samples, the mask is all there is.
-        return None if self.region is None or not self.samples else (len(self.places) - 1, 0)
+        return None if self.region_place is None or not self.samples else (self.region_place, 0)
 
     @property
     def condition_names(self) -> list[str]:
@@ -165,7 +170,7 @@ class Layout:
             samples = list(row[self.samples[0]])
         if self.images_per_cell > 1 and isinstance(conditions[-1], (list, tuple)):
             conditions = [*conditions[:-1], *conditions[-1]]
-        region = [(len(self.places) - 1, row[name]) for name in self._region]
+        region = [] if self.region is None else [(len(self.places) - 1, row[self.region])]
         return [*enumerate(samples), *enumerate(conditions, start=self.num_samples), *region]
 
     def condition_shapes(

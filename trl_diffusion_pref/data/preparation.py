@@ -98,7 +98,7 @@ class Preparation(ABC, Generic[Decoded]):
         """What a mask of a sample marks, cropped and flipped as that is, in the latents' size; see `Family.region_of`.
 
         Raises:
-            CellProblem: Nothing.
+            CellProblem: It marks nothing.
         """
         # Other ways of scaling make grey of black where white is near.
         box = PILImage.Resampling.BOX

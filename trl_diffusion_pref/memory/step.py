@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data import Encoders
 from ..data.batch import Batch, Posterior
-from ..data.layouts import Layout
 from ..data.preparation import preparation_for
 from ..data.resolution import as_resolution
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
@@ -24,6 +23,7 @@ from ..families.base import model_inside
 from ..training.config import DiffusionPreferenceConfig
 from ..training.denoiser import Denoiser
 from ..training.held_reference import HeldReference
+from ..training.loaders import layout_of
 from ..training.modes import Modes
 from ..training.recommended import fill_in
 from ..training.reference_config import ReferenceConfig
@@ -47,9 +47,6 @@ class _Encoder:
         self.preparation = preparation_for(pipeline, family, as_resolution(args.resolution), args.num_frames)
         self.shapes, self.family = family.input_shapes(pipeline, self.preparation.shape), family
         self.pipeline, self.latent_shape = pipeline, self.shapes.latents
-
-    def condition_shapes(self, layout: Layout) -> dict[str, tuple[int, ...]]:
-        return layout.condition_shapes(self.pipeline, self.family, self.preparation.shape)
 
     def prompts(self, rows: int) -> dict[str, Tensor]:
         prompts = {}
@@ -158,8 +155,7 @@ class FakeStep:
         )
         if isinstance(args, ReferenceConfig):
             vars(trainer).update(reference=HeldReference(None, args))
-        layout = trainer.make_layout().conditioned_on(family)
-        trainer.layout = layout.over_mask(family) if args.loss_on_mask else layout
+        trainer.layout = layout_of(trainer.make_layout(), family, None, None, loss_on_mask=args.loss_on_mask)
         # Errors, and what stands beside them.
         self.accelerator.numbers_per_row = 4 * trainer.layout.num_samples
         trainer.check_step(peft_config)
@@ -221,11 +217,12 @@ class FakeStep:
         if samples:
             mean, std = (torch.ones(rows, samples, *encoder.latent_shape).transpose(0, 1) for _ in range(2))
             latents = Posterior(mean, std)
+        conditions = layout.condition_shapes(encoder.pipeline, encoder.family, encoder.preparation.shape)
         return Batch(
             rows=self.rows,
             latents=latents,
             prompts=encoder.prompts(rows),
             sample_conditioning={},
-            conditions={name: torch.ones(rows, *shape) for name, shape in encoder.condition_shapes(layout).items()},
+            conditions={name: torch.ones(rows, *shape) for name, shape in conditions.items()},
             scalars={name: torch.ones(rows, *per_sample) for name in layout.scalars},
         )
