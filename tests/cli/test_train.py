@@ -134,7 +134,8 @@ def test_a_mixture_keeps_what_its_parts_say(tmp_path):
         training_data(options, config)
 
 
-@pytest.mark.parametrize("start", ["accelerate_config", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["accelerate_config", "torchrun"])
 def test_two_processes_are_started_and_train_one_model(start, tmp_path):
     """By the config of accelerate that comes with the package, and under the user's own torchrun."""
     words = ["mapo", "--model_name_or_path", "shapes", "--dataset_name", "shapes:8", *QUICK, "--save_strategy", "no"]

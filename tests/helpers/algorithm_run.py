@@ -1,6 +1,6 @@
-"""One process of tests/contracts/test_algorithms.py: trains, is killed on the way, or goes on.
+"""One process of tests/contracts/test_algorithms.py: trains, is killed, goes on, or shares steps of four rows.
 
-python algorithm_run.py <algorithm> <folder> train|kill|resume
+python algorithm_run.py <algorithm> <folder> train|kill|resume|share
 """
 
 import json
@@ -33,13 +33,19 @@ def weights(model: torch.nn.Module) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     name, folder, what = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    trainer = trainer_for(name, folder, save_strategy="steps", save_steps=1, use_cpu=True)
+    options = {"save_strategy": "steps", "save_steps": 1, "use_cpu": True}
+    if what == "share":
+        # Adam would make much of gradients near 0, which differ by rounding.
+        batch = 4 // int(os.environ.get("WORLD_SIZE", 1))
+        options |= {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 1e-2}
+    trainer = trainer_for(name, folder, **options)
     if what == "kill":
         trainer.add_callback(KillAfter(2))
     seen = {"start": weights(trainer.model), "before": trainer.evaluate()["eval_loss"]}
     trainer.train(resume_from_checkpoint=what == "resume")
     trainer.save_model()
     seen["weights"] = weights(trainer.model)
+    seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(seen))
 
 

@@ -20,6 +20,8 @@ def options(folder: Path, name: str, **more: Any) -> dict[str, Any]:
         "resolution": 32,
         "aspect_ratio_buckets": True,
         "per_device_train_batch_size": 2,
+        # Two batches a step, in one process as in two.
+        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1)),
         "per_device_eval_batch_size": 2,
         "eval_draws": 2,
         "learning_rate": 1e-3,

@@ -1,6 +1,7 @@
 """One process of tests/training/test_distributed.py: trains, then writes what it saw and where it ended."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -21,12 +22,17 @@ from trl_diffusion_pref.data import cache
 from trl_diffusion_pref.training.monitor import non_finite_weights
 
 
+def world_size() -> int:
+    """How many processes share a step of four pairs."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def train_dpo(folder: Path, pairs) -> dict:
     """Errors of the reference computed by all processes together, and where two steps on them end."""
     config = DiffusionDPOConfig(
         output_dir=str(folder / "dpo"),
         dataset_cache_dir=str(folder / "cache"),
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=4 // world_size(),
         per_device_eval_batch_size=2,
         max_steps=2,
         reference="precomputed",
@@ -53,7 +59,7 @@ def train_self_npo(folder: Path, pairs) -> dict:
         config = SelfNPOConfig(
             output_dir=str(folder / ("self_npo_again" if resumed else "self_npo")),
             dataset_cache_dir=str(folder / "cache"),
-            per_device_train_batch_size=2,
+            per_device_train_batch_size=4 // world_size(),
             max_steps=4,
             learning_rate=1e-3,
             solver_steps=10,
@@ -68,9 +74,11 @@ def train_self_npo(folder: Path, pairs) -> dict:
         trainer = SelfNPOTrainer(build_tiny_pipeline(), config, pairs.select_columns("prompt"))
         checkpoint = str(folder / "self_npo" / "checkpoint-2") if resumed else None
         trainer.train(resume_from_checkpoint=checkpoint)
+        batch = config.train_batch_size
+        own = range(config.process_index * batch, (config.process_index + 1) * batch)
         results.append(
             {
-                "pool": [trainer.pool.get(slot)[0].flatten()[:4].tolist() for slot in range(2)],
+                "pool": [trainer.pool.get(slot)[0].flatten()[:4].tolist() for slot in own],
                 "weights": {name: t.double().sum().item() for name, t in trainer.model.state_dict().items()},
                 "teacher": {name: t.double().sum().item() for name, t in trainer.teacher.parameters().items()},
             }
@@ -104,7 +112,7 @@ def main() -> None:
     config = MaPOConfig(
         output_dir=str(folder / "output"),
         dataset_cache_dir=str(folder / "cache"),
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=4 // world_size(),
         per_device_eval_batch_size=2,
         num_train_epochs=1,
         learning_rate=1e-3,

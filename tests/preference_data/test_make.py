@@ -231,6 +231,7 @@ def test_a_run_that_another_one_overtakes_takes_its_pairs(tmp_path, monkeypatch)
         write()
 
 
+@pytest.mark.slow
 def test_two_processes_complete_what_a_killed_one_began_with_the_same_bytes(tmp_path):
     """One process with batches of 8 and two threads, and one that is killed and two with batches of 1."""
     whole, begun = tmp_path / "whole", tmp_path / "begun"

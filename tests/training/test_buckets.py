@@ -491,9 +491,17 @@ class TestProcesses:
         assert len(first["losses"]) == first["steps"] == 8
 
     def test_a_run_resumed_in_the_middle_of_an_epoch_sees_the_rest(self, processes):
-        for rank in (*processes[2], *processes[1]):
-            assert rank["resumed"]["batches"] == rank["whole"]["batches"][3:]
+        for rank, each_step in ((processes[2][0], 1), (processes[2][1], 1), (processes[1][0], 2)):
+            assert rank["resumed"]["batches"] == rank["whole"]["batches"][3 * each_step :]
             assert rank["resumed"]["weights"] == rank["whole"]["weights"]
+
+    def test_two_processes_train_as_one_with_two_micro_batches(self, processes):
+        (one,), (first, second) = processes[1], processes[2]
+        both = [
+            rows for step in zip(first["whole"]["batches"], second["whole"]["batches"], strict=True) for rows in step
+        ]
+        assert both == one["whole"]["batches"]
+        assert first["whole"]["weights"] == pytest.approx(one["whole"]["weights"], rel=1e-4, abs=1e-3)
 
     def test_dropping_the_last_gives_all_processes_whole_batches(self, processes):
         batches = [rank["dropped"]["batches"] for rank in processes[2]]

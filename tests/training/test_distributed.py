@@ -39,16 +39,27 @@ def test_every_sample_is_seen_once(run):
 
 
 def test_processes_draw_different_noise_and_timesteps(run):
-    first, second = run[2]
+    (one,), (first, second) = run[1], run[2]
     assert len(first["noise"]) == len(second["noise"]) == 8
     assert not set(first["noise"]) & set(second["noise"])
     assert first["timesteps"] != second["timesteps"]
+    # Those of one process with the double batch.
+    assert sorted(first["noise"] + second["noise"]) == sorted(one["noise"])
+    assert sorted(first["timesteps"] + second["timesteps"]) == sorted(one["timesteps"])
 
 
 def test_processes_end_with_equal_weights_and_log_the_same(run):
     first, second = run[2]
     assert first["weights"] == second["weights"]
     assert first["losses"] and first["losses"] == second["losses"]
+
+
+def test_two_processes_train_as_one_with_the_double_batch(run):
+    (one,), (two, _) = run[1], run[2]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-4, abs=1e-3)
+    pools = [[latents for rank in run[count] for latents in rank["self_npo"]["whole"]["pool"]] for count in (1, 2)]
+    assert pools[1] == [pytest.approx(latents, rel=1e-3, abs=1e-3) for latents in pools[0]]
 
 
 def test_weights_that_are_damaged_in_one_process_are_known_to_all(run):

@@ -142,6 +142,7 @@ def run(tmp_path_factory, pairs):
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_each_see_every_pair_once(run):
     _, ranks = run
     latents = [[value for step in rank["whole"]["latents"] for value in step] for rank in ranks]
@@ -150,6 +151,7 @@ def test_two_processes_with_two_workers_each_see_every_pair_once(run):
     assert epochs[0] == pytest.approx(epochs[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_each_of_them_was(run):
     _, ranks = run
     for rank in ranks:
@@ -159,6 +161,7 @@ def test_two_processes_go_on_where_each_of_them_was(run):
     assert ranks[0]["whole"]["accuracy"] == ranks[1]["whole"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_processes_and_steps_have_noise_of_their_own(run):
     _, ranks = run
     keys = [tuple(key) for rank in ranks for step in rank["whole"]["noise"] for key in step]

@@ -120,8 +120,9 @@ class Mode:
 
     Args:
         training: Whether the step trains.
-        keys: One per row, for `generator_for`: in training (seed, TRAINING, rank, step, position in the step), so that
-            every step draws other noise; in evaluation (seed, EVALUATION, row), so that two evaluations draw the same.
+        keys: One per row, for `generator_for`: in training (seed, TRAINING, 0, step, position in the step), so that
+            every step draws other noise, the same however its rows are split over processes and micro-batches; in
+            evaluation (seed, EVALUATION, row), so that two evaluations draw the same.
         dataset: "train", or "eval" followed by the evaluation data set's name; None for one that only `evaluate` was
             given. What is stored by row (reference errors, the base's likelihoods) is found by it.
         prompt_dropout: Share of rows, in [0, 1), that get the empty prompt; 0 in evaluation.

@@ -20,21 +20,31 @@ SampleKey = tuple[int, ...]
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A CPU generator whose numbers depend on all parts of the key, such as (seed, TRAINING, rank, step, position)."""
+    """A CPU generator whose numbers depend on all parts of the key, such as (seed, TRAINING, 0, step, position)."""
     state = np.random.SeedSequence(key).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 class StepPositions:
-    """Counts the samples of an optimiser step over its micro-batches, for the last entry of training keys."""
+    """Numbers the samples of an optimiser step over its micro-batches and processes, for the last entry of keys.
 
-    def __init__(self) -> None:
-        self._step, self._count = -1, 0
+    Two processes with batches of two number them as one process does with batches of four, or with two batches of two.
+
+    Args:
+        batch_size: Rows of a full batch of one process.
+        process: This process and how many there are.
+    """
+
+    def __init__(self, batch_size: int, process: tuple[int, int]) -> None:
+        self.batch_size, self.process = batch_size, process
+        self._step, self._batches = -1, 0
 
     def take(self, step: int, count: int) -> range:
-        """The positions of the next `count` samples of a step."""
-        first = self._count if step == self._step else 0
-        self._step, self._count = step, first + count
+        """The positions of the next micro-batch of a step, which has `count` samples."""
+        index, processes = self.process
+        before = self._batches if step == self._step else 0
+        self._step, self._batches = step, before + bool(count)
+        first = (before * processes + index) * self.batch_size
         return range(first, first + count)
 
 

@@ -19,12 +19,13 @@ class Modes:
         self.args, self.encoder = args, encoder
         self.sample_posterior = args.latent_sampling == "sample"
         self.condition_dropout = encoder.family.condition_dropout
-        self._positions = StepPositions()
+        self._positions = StepPositions(args.train_batch_size, (args.process_index, args.world_size))
 
     def training(self, rows: Tensor, step: int) -> Mode:
-        """Of the next micro-batch `(B,)` of a step: other noise at every step, the same for every batch size."""
-        seed, rank, dropout = self.args.seed, self.args.process_index, self.args.prompt_dropout
-        keys = [(seed, TRAINING, rank, step, position) for position in self._positions.take(step, len(rows))]
+        """Of the next micro-batch `(B,)` of a step: other noise at every step, however its rows are split."""
+        seed, dropout = self.args.seed, self.args.prompt_dropout
+        # The 0 keeps the numbers that a seed gave when there was the process instead.
+        keys = [(seed, TRAINING, 0, step, position) for position in self._positions.take(step, len(rows))]
         empty_prompt = self.encoder.empty_prompt if dropout else None
         return Mode(True, keys, "train", dropout, self.condition_dropout, self.sample_posterior, empty_prompt)
 

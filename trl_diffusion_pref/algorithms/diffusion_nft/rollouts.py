@@ -96,10 +96,12 @@ class Rollouts:
         Each pass over the samples has the same steps, so that a sample stays in the process that generated it.
         """
         args: DiffusionNFTConfig = self.args
-        count, own = args.samples_per_phase, args.samples_per_step // args.world_size
+        count, batch = args.samples_per_phase, args.train_batch_size
         order = torch.randperm(count, generator=generator_for(args.seed, ROLLOUT, _ORDER, phase)).tolist()
-        first = (of_phase * args.samples_per_step + args.process_index * own) % count
-        return order[first : first + own]
+        first = of_phase * args.samples_per_step % count
+        # Batches of a step go to the processes in turn, as those of stored data do.
+        starts = range(first + args.process_index * batch, first + args.samples_per_step, args.world_size * batch)
+        return [number for start in starts for number in order[start : start + batch]]
 
     # ---- The beginning of a phase --------------------------------------------------------------------------------
 

@@ -225,7 +225,8 @@ class DiffusionNFTTrainer(DiffusionTrainer):
         if args.online:
             if not mode.training:
                 return self._rewards_of(batch)
-            mode = self._of_generated(mode)
+            # The samples were latents, and these are known.
+            mode = replace(mode, sample_posterior=False)
         noisy = corrupt(batch, mode, self.noise_process)
         prediction = self.denoise(model, noisy)
         old, reference = self._frozen_predictions(noisy)
@@ -262,12 +263,6 @@ class DiffusionNFTTrainer(DiffusionTrainer):
         with self.old_policy.applied() as module:
             old = self.denoise(module, noisy)
         return old, self.reference.prediction(noisy) if self.args.kl_weight else None
-
-    def _of_generated(self, mode: Mode) -> Mode:
-        """The mode for samples that were latents: their own, with the noise that a single process would draw."""
-        own = self.args.samples_per_step // self.args.world_size
-        keys = [(seed, kind, 0, step, rank * own + position) for seed, kind, rank, step, position in mode.keys]
-        return replace(mode, keys=keys, sample_posterior=False)
 
     # ---- Evaluation of prompts -----------------------------------------------------------------------------------
 
