@@ -80,6 +80,7 @@ benchmark: .venv/installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/clean_in_style.py
 	$(BIN)/python benchmarks/rounds.py
+	$(BIN)/python benchmarks/rounds.py --variant irepo
 	$(BIN)/python benchmarks/rank_dpo.py
 	$(BIN)/python benchmarks/diffusion_nft.py
 	$(BIN)/python benchmarks/edits.py

@@ -37,7 +37,7 @@ from trl_diffusion_pref.shapes import (  # noqa: E402
 
 ROUNDS = 3
 # Of iREPO, for each seed.
-IREPO_ROUNDS, SEEDS, SAMPLES, STEPS, BETA = 2, 3, 6, 40, 20.0
+IREPO_ROUNDS, SEEDS, SAMPLES, STEPS, BETA, RATE = 2, 3, 6, 40, 20.0, 3e-5
 ASKED = (4 * prompts())[:64]
 
 
@@ -87,7 +87,7 @@ def irepo(folder: Path) -> tuple[str, list[str]]:
             beta=BETA,
             max_steps=STEPS,
             per_device_train_batch_size=32,
-            learning_rate=1e-4,
+            learning_rate=RATE,
             prompt_dropout=0.0,
             # Seeds of rounds are one apart.
             seed=100 * seed + 1,
@@ -112,7 +112,7 @@ def irepo(folder: Path) -> tuple[str, list[str]]:
     rows = [row("base", [summarize(sample_base("mixed", ASKED), ASKED)])]
     rows += [row(f"after round {number}", found) for number, found in enumerate(after, start=1)]
     text = (
-        f'`DiffusionDPOTrainer` with `loss_type="irepo"`, beta {BETA:g} and learning rate 1e-4, on soft labels of '
+        f'`DiffusionDPOTrainer` with `loss_type="irepo"`, beta {BETA:g} and learning rate {RATE:g}, on soft labels of '
         f"three rewards: style, colour and shape, cleanness. Each round has 18 prompts of {SAMPLES} samples, {STEPS} "
         f"steps. Means over {SEEDS} seeds, with the least and the largest."
     )
