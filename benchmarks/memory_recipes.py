@@ -2,8 +2,8 @@
 
     python benchmarks/memory_recipes.py
 
-The denoisers have the sizes of Stable Diffusion 1.5 and SDXL and no weights. Written to results/memory_recipes.md. The
-counts are for CUDA and made on a CPU: computed, not measured on a GPU.
+The denoisers have the sizes of Stable Diffusion 1.5, SDXL and Flux.1 dev and no weights. Written to
+results/memory_recipes.md. The counts are for CUDA and made on a CPU: computed, not measured on a GPU.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel
 from peft import LoraConfig
 from sdxl_memory import sdxl_unet
 
@@ -34,6 +34,12 @@ def sd15_unet() -> UNet2DConditionModel:
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
+def flux_transformer() -> FluxTransformer2DModel:
+    """Of the sizes in FLUX.1-dev's transformer/config.json, without storage."""
+    with torch.device("meta"):
+        return FluxTransformer2DModel(guidance_embeds=True)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to train: its name in the tables, the config's class and options, and whether it trains a LoRA."""
@@ -45,8 +51,14 @@ class Recipe:
     half: bool = False  # the frozen base's weights in bfloat16
 
 
-RECIPES = (
+NF4 = {"quantize": "nf4"}
+# Of a base in half precision, which the largest models need.
+SMALL = (
+    Recipe("MaPO or Diffusion-DPO, LoRA of rank 16, base in nf4", DiffusionDPOConfig, NF4, lora=True, half=True),
     Recipe("MaPO or Diffusion-DPO, LoRA of rank 16, base in bfloat16", DiffusionDPOConfig, {}, lora=True, half=True),
+)
+RECIPES = (
+    *SMALL,
     Recipe("MaPO or Diffusion-DPO, LoRA of rank 16", DiffusionDPOConfig, {}, lora=True),
     Recipe("MaPO, all weights, 8-bit Adam", MaPOConfig, {"optim": "adamw_bnb_8bit"}),
     Recipe("MaPO, all weights", MaPOConfig, {}),
@@ -55,11 +67,18 @@ RECIPES = (
 )
 
 
-def totals(unet: Callable[[], UNet2DConditionModel], recipe: Recipe) -> dict[tuple[int, bool], float]:
+MODELS: tuple[tuple[str, Callable[[], ModelMixin], tuple[Recipe, ...]], ...] = (
+    ("Stable Diffusion 1.5, 512 px", sd15_unet, RECIPES),
+    ("SDXL, 1024 px", sdxl_unet, RECIPES),
+    ("Flux.1 dev, 1024 px", flux_transformer, SMALL),
+)
+
+
+def totals(model: Callable[[], ModelMixin], recipe: Recipe) -> dict[tuple[int, bool], float]:
     """GiB by pairs in a batch and whether activations are checkpointed."""
     found = {}
     for batch in BATCHES:
-        denoiser = unet().to(torch.bfloat16) if recipe.half else unet()
+        denoiser = model().to(torch.bfloat16) if recipe.half else model()
         config = recipe.config(
             output_dir="unused", per_device_train_batch_size=batch, bf16=True, use_cpu=True, **recipe.options
         )
@@ -87,8 +106,8 @@ def main() -> None:
         "Written by `benchmarks/memory_recipes.py`. Computed by `estimate_memory` for CUDA with bfloat16 autocast and "
         "not measured on a GPU. The rows of LoRAs are Diffusion-DPO's, of which MaPO needs a little less.",
     ]
-    for model, unet in (("Stable Diffusion 1.5, 512 px", sd15_unet), ("SDXL, 1024 px", sdxl_unet)):
-        found = {recipe.name: totals(unet, recipe) for recipe in RECIPES}
+    for model, denoiser, recipes in MODELS:
+        found = {recipe.name: totals(denoiser, recipe) for recipe in recipes}
         head = " | ".join(f"{batch} pair{'s' if batch > 1 else ''}" for batch in BATCHES)
         lines += [
             "",

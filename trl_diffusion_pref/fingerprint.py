@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +40,54 @@ def rounded_fingerprints(module: nn.Module) -> dict[str, str]:
 
     Loading the same weights in another precision keeps one of them: that of the lower precision.
     """
+    return _rounded(own_weights(module))
+
+
+def fingerprints(module: nn.Module) -> dict[str, Any]:
+    """What a run's record says of the weights that it starts from, for `has_weights_of`."""
+    return {
+        "base_fingerprint": weights_fingerprint(module),
+        "base_fingerprint_rounded": rounded_fingerprints(module),
+        # Of biases and scales of norms, which quantization leaves as they are.
+        "base_fingerprint_vectors": _rounded(_vectors(module)),
+        "base_quantised": is_quantised(module),
+    }
+
+
+def has_weights_of(module: nn.Module, record: Mapping[str, Any]) -> bool:
+    """Whether a denoiser has the weights of a run's base, in whatever precision.
+
+    Where one of the two is quantised, its matrices have other values, and only biases and norms are compared.
+
+    Args:
+        record: With `base_fingerprint_rounded`; what `fingerprints` has beside it may be missing.
+    """
+    # The same weights in another precision agree in one of the two.
+    if _agree(rounded_fingerprints(module), record["base_fingerprint_rounded"]):
+        return True
+    one_is_quantised = record.get("base_quantised", False) or is_quantised(module)
+    return one_is_quantised and _agree(_rounded(_vectors(module)), record.get("base_fingerprint_vectors", {}))
+
+
+def _agree(own: dict[str, str], stored: Mapping[str, str]) -> bool:
+    return any(own[precision] == value for precision, value in stored.items())
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether any of a module's weights are quantised, by diffusers or by layers of bitsandbytes."""
+    by_diffusers = any(getattr(part, "hf_quantizer", None) is not None for part in module.modules())
+    return by_diffusers or any(type(each).__name__ in ("Params4bit", "Int8Params") for each in module.parameters())
+
+
+def _vectors(module: nn.Module) -> dict[str, Tensor]:
+    """A denoiser's own parameters with one dimension, by the names that they have without adapters."""
+    named = {name.replace(".base_layer", ""): each for name, each in module.named_parameters() if each.ndim == 1}
+    return {name: each for name, each in named.items() if ".lora_" not in name}
+
+
+def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     digests = {str(dtype): hashlib.sha256() for dtype in (torch.float16, torch.bfloat16)}
-    for name, tensor in sorted(own_weights(module).items()):
+    for name, tensor in sorted(tensors.items()):
         picked = _picked(tensor)
         for dtype, digest in zip((torch.float16, torch.bfloat16), digests.values(), strict=True):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -64,8 +112,20 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def different_parameters(one: nn.Module, other: nn.Module) -> list[str]:
-    """Names of parameters that only one has, or that have other shapes; empty for the same architecture."""
-    shapes, others = (
-        {name: tuple(tensor.shape) for name, tensor in own_weights(module).items()} for module in (one, other)
-    )
+    """Names of parameters that only one has, or that have other shapes; empty for the same architecture.
+
+    Quantised weights have the shapes that they had before.
+    """
+    shapes, others = _shapes(one), _shapes(other)
     return sorted(name for name in shapes.keys() | others.keys() if shapes.get(name) != others.get(name))
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of what a denoiser's state holds, without adapters and what belongs to quantised weights."""
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    saved = module.state_dict().keys()
+    tensors = {name: tensor for name, tensor in named if name in saved and ".lora_" not in name}
+    return {
+        name.replace(".base_layer", ""): tuple(getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape))
+        for name, tensor in tensors.items()
+    }

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..families import Family, family_named
 from ..families.denoisers import parts_of
 from ..families.peft_format import PEFT_PREFIX
-from ..fingerprint import rounded_fingerprints
+from ..fingerprint import has_weights_of, is_quantised
 from ..host_libraries import dtype_option, quiet_loading
 from .kohya import KOHYA_FILE, save_kohya
 from .weights import (
@@ -115,9 +115,12 @@ def merge_lora(
     names = denoisers_in(record, family)
     family = family.with_denoiser(names[0]) if len(names) == 1 else family
     denoiser = family.denoiser(pipeline)
-    own = rounded_fingerprints(denoiser)
-    # The same weights in another precision agree in one of the two.
-    if all(own[precision] != value for precision, value in record["base_fingerprint_rounded"].items()):
+    if is_quantised(denoiser):
+        raise ValueError(
+            f"The base {base} is quantised, and merged weights would be rounded once more. Pass it as base= without "
+            "quantization; a LoRA that was trained on a quantised base fits."
+        )
+    if not has_weights_of(denoiser, record):
         raise ValueError(f"The base {base} has other weights than the one that {folder} was trained on.")
     config = LoraConfig(**options)
     model = get_peft_model(denoiser, config)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..families import Family
 from ..families.denoisers import parts_of
 from ..families.peft_format import PEFT_PREFIX
-from ..fingerprint import rounded_fingerprints, weights_fingerprint
+from ..fingerprint import fingerprints
 from ..host_libraries import quiet_loading
 from .files import unfinished_name
 from .kohya import KOHYA_FILE, check_kohya, save_kohya
@@ -335,12 +335,15 @@ def run_record(
         "trainer": trainer,
         "base_model": base_model,
         "base_folder": base_folder,
-        "base_fingerprint": weights_fingerprint(denoiser),
-        "base_fingerprint_rounded": rounded_fingerprints(denoiser),
+        **fingerprints(denoiser),
         "pipeline_class": family.pipeline_class,
         "denoisers": [name for name in family.denoiser_names or names if name in names],
-        # Without what diffusers notes of where the model was loaded from.
-        "denoiser_config": {name: value for name, value in denoiser.config.items() if not name.startswith("_")},
+        # Without what diffusers notes of where and how the model was loaded.
+        "denoiser_config": {
+            name: value
+            for name, value in denoiser.config.items()
+            if not name.startswith("_") and name != "quantization_config"
+        },
         "negative": negative,
     }
 

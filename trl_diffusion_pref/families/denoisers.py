@@ -36,6 +36,9 @@ class NoiseRouter(ModelMixin):
             setattr(self, name, denoisers[name])
         own = [getattr(denoiser, "hf_quantizer", None) for denoiser in denoisers.values()]
         self.hf_quantizer = next((quantizer for quantizer in own if quantizer is not None), None)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            # PEFT asks for them.
+            setattr(self, name, any(getattr(denoiser, name, False) for denoiser in denoisers.values()))
         self._supports_gradient_checkpointing = all(
             getattr(denoiser, "_supports_gradient_checkpointing", True) for denoiser in denoisers.values()
         )

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..families.base import GuidanceLayout
-from ..fingerprint import rounded_fingerprints
+from ..fingerprint import has_weights_of
 from .sources import Negative, families, guided_family
 
 
@@ -82,15 +82,12 @@ def warn_of_another_base(denoisers: Mapping[str, nn.Module], name: str, negative
         name: Of the base.
     """
     record = negative.record or {}
-    stored = record.get("base_fingerprint_rounded")
-    if not stored:
+    if not record.get("base_fingerprint_rounded"):
         return
     names = record.get("denoisers", [negative.attribute])
     # Several were trained as one module, in which each has its name as prefix.
     trained = denoisers[names[0]] if len(names) == 1 else nn.ModuleDict({name: denoisers[name] for name in names})
-    own = rounded_fingerprints(trained)
-    # The same weights in another precision agree in one of the two.
-    if all(own[precision] != value for precision, value in stored.items()):
+    if not has_weights_of(trained, record):
         logger.warning(
             f"The negative model {negative.name} was trained from {record['base_model'] or 'a local pipeline'} "
             f"(fingerprint {record['base_fingerprint']}), and the pipeline is {name}, whose weights differ. Pass "

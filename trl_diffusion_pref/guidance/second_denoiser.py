@@ -7,7 +7,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import ModelMixin
 from torch import nn
 
-from ..fingerprint import own_weights
+from ..fingerprint import is_quantised, own_weights
 
 
 def merged_denoiser(
@@ -23,8 +23,15 @@ def merged_denoiser(
         negative: theta_neg; None where the negative offset is a LoRA, which is added elsewhere.
 
     Raises:
-        ValueError: The positive denoiser carries hooks that would be copied as references to itself.
+        ValueError: The positive denoiser carries hooks that would be copied as references to itself, or one of them
+            is quantised.
     """
+    quantised = [type(each).__name__ for each in (positive, base, negative) if each is not None and is_quantised(each)]
+    if quantised:
+        raise ValueError(
+            f"Quantised weights ({quantised[0]}) cannot be merged with an offset, as the negative side needs here. "
+            "Use a LoRA as negative, without base; or load the models without quantization."
+        )
     if any(getattr(part, "_diffusers_hook", None) and part._diffusers_hook.hooks for part in positive.modules()):
         raise ValueError(
             f"The pipeline's {type(positive).__name__} carries hooks of diffusers (group offloading or layerwise "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..export.weights import LORA_FILE, RUN_RECORD, read_run_record
 from ..families import Family, family_named, supported_pipelines
 from ..families.denoisers import parts_of
-from ..fingerprint import different_parameters, rounded_fingerprints, weights_fingerprint
+from ..fingerprint import different_parameters, fingerprints
 from ..host_libraries import dtype_option
 
 
@@ -195,8 +195,7 @@ def _read_adapter(denoiser: ModelMixin, adapter: str, prefix: str) -> Negative:
     tensors = get_peft_model_state_dict(denoiser, adapter_name=adapter)
     record = {
         "base_model": getattr(denoiser, "name_or_path", None) or type(denoiser).__name__,
-        "base_fingerprint": weights_fingerprint(denoiser),
-        "base_fingerprint_rounded": rounded_fingerprints(denoiser),
+        **fingerprints(denoiser),
     }
     tensors = {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors.items()}
     return Negative(f"adapter {adapter!r}", prefix, record, state_dict=tensors, options=_metadata(config, prefix))

@@ -3,7 +3,6 @@
 import copy
 import os
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,6 +15,8 @@ from ..families.weightless import pipeline_around, pipeline_from_configs
 from ..training.config import DiffusionPreferenceConfig
 from ..training.model_setup import carries_adapter, check_trainable, make_trainable
 from ..training.pipelines import family_of
+from ..training.quantised import check_quantize
+from .quantised import keep_without_values, memo_without_values
 
 
 _WHERE = ("revision", "cache_dir", "token", "local_files_only")
@@ -34,18 +35,22 @@ def pipeline_of(
     if isinstance(model, nn.Module):
         family = family_of_denoiser(model)
         return family, pipeline_around(family, model)
+    check_quantize(model, args, lora=True)
     return family_for(model), model
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
     """A copy with weights on the meta device, adapters and dtypes as they are."""
-    memo: dict[int, Any] = {}
+    memo = memo_without_values(module)
     for parameter in module.parameters():
-        empty = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        if id(parameter) not in memo:
+            empty = torch.empty_like(parameter, device="meta")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    keep_without_values(copied, module)
+    return copied
 
 
 def make_fake(module: nn.Module) -> None:
@@ -67,7 +72,11 @@ def make_fake(module: nn.Module) -> None:
 
 
 def trainable(
-    denoiser: nn.Module, family: Family, peft_config: LoraConfig | None, args: DiffusionPreferenceConfig
+    denoiser: nn.Module,
+    family: Family,
+    peft_config: LoraConfig | None,
+    args: DiffusionPreferenceConfig,
+    device_type: str,
 ) -> tuple[nn.Module, bool]:
     """A denoiser on the meta device as the trainers make it trainable, and whether it came with an adapter."""
     carried = carries_adapter(denoiser)
@@ -77,7 +86,7 @@ def trainable(
         # How an adapter starts does not change its size, and some ways decompose the weights.
         peft_config = copy.copy(peft_config)
         peft_config.init_lora_weights = True
-    check_trainable(base, family, peft_config, wrapper, args)
+    check_trainable(base, family, peft_config, wrapper, args, device_type)
     pipeline = SimpleNamespace(components={family.denoiser_name: base})
     with torch.device("meta"):
         model = make_trainable(base, pipeline, family, peft_config, wrapper, args)

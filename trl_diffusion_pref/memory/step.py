@@ -31,6 +31,7 @@ from ..training.trainer import DiffusionTrainer
 from .autocast import autocast
 from .live_bytes import LiveBytes
 from .model import make_fake, meta_copy, trainable
+from .quantised import check_countable, number_of_parameters, quantise
 
 
 def bytes_of(*modules: nn.Module) -> int:
@@ -128,9 +129,14 @@ class FakeStep:
         self.rows = torch.zeros(args.per_device_train_batch_size, dtype=torch.int64)
         fill_in(args, kind._name, family, flow=isinstance(process, RectifiedFlow))
         args.check_filled_in()
-        self.model, carried = trainable(meta_copy(family.denoiser(pipeline)), family, peft_config, args)
+        denoiser = family.denoiser(pipeline)
+        check_countable(denoiser)
+        denoiser = meta_copy(denoiser)
+        if args.quantize is not None:
+            quantise(denoiser, args)
+        self.model, carried = trainable(denoiser, family, peft_config, args, device_type)
         self.base = model_inside(self.model)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.parameters = number_of_parameters(self.model)
         self.weights = bytes_of(self.model)
         # Without its constructor, which loads and encodes, and transformers', which looks for devices.
         trainer = self.trainer = kind.__new__(kind)

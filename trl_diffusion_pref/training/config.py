@@ -51,6 +51,11 @@ class DiffusionPreferenceConfig(DataConfig):
             Arguments of `DiffusionPipeline.from_pretrained` when `model` is a Hub id or a folder, such as
             `{"variant": "fp16", "revision": "main"}`. Weights are loaded in float32 unless `dtype` is given
             here, because small updates are lost in half precision.
+        quantize (`str`, *optional*):
+            Loads the denoiser with quantised weights, for a LoRA on a small card: `"nf4"`, 4 bits with a float32
+            scale for every 64 weights, or `"int8"`. For `model` by name, where bitsandbytes can quantise (CUDA and
+            some other accelerators); a pipeline that was loaded with a `quantization_config` is trained as it is. See
+            docs/memory.md. Default: weights as they are stored.
         activation_checkpointing (`bool`, *optional*):
             Computes activations again in the backward pass instead of keeping them: less memory, about a fifth
             slower. Default: True; if the model does not support it and the option was not set, it is switched off
@@ -140,6 +145,7 @@ class DiffusionPreferenceConfig(DataConfig):
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     model_init_kwargs: dict[str, Any] | str | None = None
+    quantize: Literal["nf4", "int8"] | None = None
     # Older versions of transformers know gradient_checkpointing alone.
     activation_checkpointing: bool | None = None
     # TRL's default of True would go through transformers' deprecated name; see __post_init__.

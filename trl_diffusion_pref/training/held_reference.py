@@ -17,6 +17,7 @@ from .callbacks import MoveReference
 from .model_setup import starting_fingerprint
 from .pipelines import load_reference_model
 from .precomputed import PrecomputedValues
+from .quantised import check_reference
 from .reference_config import ReferenceConfig
 from .references import AdapterOff, FrozenModel, Reference, make_reference, resolve_reference
 from .run import Run
@@ -74,8 +75,8 @@ class HeldReference:
                 "reference='precomputed' needs the whole model before training, which no process holds with FSDP and "
                 "DeepSpeed. Use DDP, or another reference."
             )
+        own = trainer.family.denoiser(trainer.pipeline)
         if self._ref_model is not None:
-            own = trainer.family.denoiser(trainer.pipeline)
             self._ref_model = load_reference_model(self._ref_model, own, trainer.family, args)
         if args.sync_ref_model and self._ref_model is not None and lora:
             raise ValueError("sync_ref_model moves ref_model towards the trained weights, and a LoRA has others.")
@@ -84,6 +85,7 @@ class HeldReference:
                 "sync_ref_model moves the reference's weights, and the reference of a new LoRA is the base model "
                 "itself. Use reference='frozen_adapter'."
             )
+        check_reference(own, precomputed=kind == "precomputed", moved=args.sync_ref_model and kind == "copy")
 
     def setup(
         self,

@@ -22,6 +22,7 @@ from ..families.denoisers import NoiseRouter, parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import weights_fingerprint
 from .config import DiffusionPreferenceConfig
+from .quantised import check_quantised, compute_alike_in_evaluation
 from .references import OLD_POLICY_ADAPTER, REFERENCE_ADAPTER
 
 
@@ -83,8 +84,12 @@ def check_trainable(
     peft_config: LoraConfig | None,
     wrapper: PeftModel | None,
     args: DiffusionPreferenceConfig,
+    device_type: str | None = None,
 ) -> None:
     """Raises for what `make_trainable` could not do well, before anything is changed.
+
+    Args:
+        device_type: That is trained on; None for the config's.
 
     Raises:
         ValueError: A distilled denoiser, a second adapter, several, float16 weights for full training, or a LoRA that
@@ -102,9 +107,10 @@ def check_trainable(
             f"denoiser={base.names[-1]!r}."
         )
     check_gradient_checkpointing(args, family, base)
-    _check_quantised(base, family, args, lora=peft_config is not None or carries_adapter(base))
+    lora = peft_config is not None or carries_adapter(base)
+    check_quantised(base, family, args, lora=lora, device_type=device_type)
     kohya = args.lora_format == "kohya"
-    if kohya and peft_config is None and not carries_adapter(base):
+    if kohya and not lora:
         raise ValueError("lora_format='kohya' is for a LoRA. Pass peft_config=LoraConfig(...), or leave it out.")
     if peft_config is not None:
         check_exportable(with_targets(peft_config, family, base), base, family, kohya=kohya)
@@ -132,24 +138,6 @@ def check_trainable(
         )
 
 
-def _check_quantised(base: ModelMixin, family: Family, args: DiffusionPreferenceConfig, *, lora: bool) -> None:
-    """Raises for what fails deep inside torch: all weights of a quantised denoiser, and 4 bit in bfloat16 on a CPU."""
-    kinds = {type(parameter).__name__ for parameter in base.parameters()}
-    four_bit = "Params4bit" in kinds
-    if not four_bit and "Int8Params" not in kinds and getattr(base, "hf_quantizer", None) is None:
-        return
-    if not lora:
-        raise ValueError(
-            f"The {family.denoiser_name} is quantised, and quantised weights have no gradients, so they cannot be "
-            "fine-tuned. Train a LoRA with peft_config=LoraConfig(...), or load the pipeline without quantization."
-        )
-    if four_bit and args.device.type == "cpu" and args.bf16:
-        raise ValueError(
-            "4-bit weights cannot be trained through with bf16=True on a CPU: bitsandbytes' CPU kernels compute them "
-            "in float32. Set bf16=False."
-        )
-
-
 def make_trainable(
     base: ModelMixin,
     pipeline: DiffusionPipeline,
@@ -170,6 +158,7 @@ def make_trainable(
         The denoiser, or the PEFT model around it.
     """
     apply_gradient_checkpointing(base, args)
+    compute_alike_in_evaluation(base)
     if isinstance(base, NoiseRouter):
         # DDP waits for the gradients of all parameters, and a step may need one denoiser alone.
         args.ddp_find_unused_parameters = True
@@ -276,7 +265,7 @@ _NOT_TAKEN = {
     "tokenizer": "the pipeline brings its own tokenizers",
     "compute_metrics": "evaluation computes its own metrics; for others sample from trainer.pipeline",
     "preprocess_logits_for_metrics": "a denoiser has no logits",
-    "quantization_config": "load the pipeline quantised and pass it as model, with a peft_config",
+    "quantization_config": "set quantize in the config, or load the pipeline quantised and pass it as model",
     "reward_funcs": "score samples before training, and pass pairs",
     "ref_model": "this method has no reference model",
 }

@@ -19,6 +19,7 @@ from ..families import Family, family_for
 from ..fingerprint import different_parameters
 from ..host_libraries import dtype_option, quiet_loading
 from .config import DiffusionPreferenceConfig
+from .quantised import loading_options
 
 
 def family_of(model: str | os.PathLike | DiffusionPipeline, model_init_kwargs: dict[str, Any]) -> Family:
@@ -142,7 +143,7 @@ def load_reference_model(
         ValueError: It has another architecture, or is the trained model itself.
     """
     if isinstance(ref_model, (str, os.PathLike)):
-        ref_model = load_pipeline(ref_model, args.loading)
+        ref_model = load_pipeline(ref_model, loading_options(ref_model, args, family))
     if isinstance(ref_model, DiffusionPipeline):
         check_not_offloaded(ref_model)
         ref_model = family.denoiser(ref_model)

@@ -25,6 +25,8 @@ from ..preference_data.reward_identity import reward_identity
 from ..rewards.scoring import Rewards, named_rewards
 from .checkpoint import last_usable_checkpoint
 from .config import DiffusionPreferenceConfig
+from .pipelines import family_of
+from .quantised import loading_options
 from .trainer import DiffusionTrainer
 
 
@@ -130,7 +132,10 @@ def train_in_rounds(
             "sampling and pairs": described_options(options),
         },
     )
-    pipeline = loaded_pipeline(model, args.loading or None)
+    loading = args.loading
+    if args.quantize is not None:
+        loading = loading_options(model, args, family_of(model, loading), lora=peft_config is not None)
+    pipeline = loaded_pipeline(model, loading or None)
     family = family_for(pipeline).with_denoiser(args.denoiser)
     if peft_config is not None and family.lora_format == "peft":
         raise ValueError(
@@ -195,8 +200,8 @@ def _train(
     own.seed = args.seed + number - 1
     own.data_seed = None if args.data_seed is None else args.data_seed + number - 1
     own.output_dir = str(folder)
-    # It belongs to pipelines that are given by name.
-    own.model_init_kwargs = None
+    # They belong to pipelines that are given by name.
+    own.model_init_kwargs = own.quantize = None
     # A pipeline that carries the LoRA goes on training it.
     lora = peft_config if number == 1 else None
     trainer = trainer_class(pipeline, own, pairs, eval_dataset, peft_config=lora)
