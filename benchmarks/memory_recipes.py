@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
+from gpu_models import flux_dev
 from peft import LoraConfig
 from sdxl_memory import sdxl_unet
 
@@ -34,10 +35,9 @@ def sd15_unet() -> UNet2DConditionModel:
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 
-def flux_transformer() -> FluxTransformer2DModel:
-    """Of the sizes in FLUX.1-dev's transformer/config.json, without storage."""
-    with torch.device("meta"):
-        return FluxTransformer2DModel(guidance_embeds=True)
+def flux_transformer() -> ModelMixin:
+    """Of FLUX.1-dev, without storage."""
+    return flux_dev(tiny=False).denoiser(torch.device("meta"), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ counts are for CUDA and made on a CPU; nothing was measured on a GPU.
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin
+from gpu_models import stable_diffusion_xl
 from peft import LoraConfig
 
 from trl_diffusion_pref import DiffusionDPOConfig, MaPOConfig, estimate_memory
@@ -25,23 +26,9 @@ RUNS = {
 }
 
 
-def sdxl_unet() -> UNet2DConditionModel:
-    """Of the sizes in the base's unet/config.json, without storage."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+def sdxl_unet() -> ModelMixin:
+    """Without storage."""
+    return stable_diffusion_xl(tiny=False).denoiser(torch.device("meta"), torch.float32)
 
 
 def main() -> None:

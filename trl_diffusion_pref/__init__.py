@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .data.load import load_pairs
     from .encode import encode_dataset
     from .inspection import DatasetInspection, inspect_dataset
-    from .memory import MemoryEstimate, estimate_memory
+    from .memory import MemoryEstimate, MemoryFit, estimate_memory, fit_memory
     from .preference_data import make_pairs, make_rankings, relabel
     from .training.divergence import DivergenceError
     from .training.monitor import NonFiniteLossError
@@ -55,6 +55,7 @@ __all__ = [
     "MaPOConfig",
     "MaPOTrainer",
     "MemoryEstimate",
+    "MemoryFit",
     "NonFiniteLossError",
     "RankDPOConfig",
     "RankDPOTrainer",
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "encode_dataset",
     "estimate_memory",
+    "fit_memory",
     "inspect_dataset",
     "load_encoded_dataset",
     "load_pairs",
@@ -91,6 +93,7 @@ _MODULES = {
     "MaPOConfig": "algorithms.mapo.config",
     "MaPOTrainer": "algorithms.mapo.trainer",
     "MemoryEstimate": "memory",
+    "MemoryFit": "memory",
     "NonFiniteLossError": "training.monitor",
     "RankDPOConfig": "algorithms.rank_dpo.config",
     "RankDPOTrainer": "algorithms.rank_dpo.trainer",
@@ -100,6 +103,7 @@ _MODULES = {
     "TRAINERS": "algorithms",
     "encode_dataset": "encode",
     "estimate_memory": "memory",
+    "fit_memory": "memory",
     "inspect_dataset": "inspection",
     "load_encoded_dataset": "data.encoded",
     "load_pairs": "data.load",

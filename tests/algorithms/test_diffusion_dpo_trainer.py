@@ -93,8 +93,14 @@ KINDS += tuple(f"{kind} precomputed" for kind in KINDS)
 
 
 class TestStart:
-    @pytest.mark.parametrize("bf16", [False, True])
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        ("kind", "bf16"),
+        [
+            *((kind, False) for kind in KINDS),
+            ("lora", True),
+            *(pytest.param(kind, True, marks=pytest.mark.slow) for kind in KINDS if kind != "lora"),
+        ],
+    )
     def test_the_loss_is_ln_2_and_the_margin_exactly_0(self, kind, bf16, dpo, pairs, trained_lora):
         cfg = dpo(max_steps=1, bf16=bf16, use_cpu=True, beta=5000.0)
         trainer = start(kind, cfg, pairs, trained_lora, pairs.select(range(6)))
@@ -361,7 +367,13 @@ class TestPrecomputed:
 
 
 class TestResume:
-    @pytest.mark.parametrize("kind", ["full", "lora", "frozen", "full precomputed", "full moving", "frozen moving"])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            *("lora", "full precomputed", "full moving"),
+            *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "frozen", "frozen moving")),
+        ],
+    )
     def test_resuming_equals_never_having_stopped(self, kind, dpo, pairs, trained_lora, tmp_path):
         moving = {"sync_ref_model": True, "ref_model_sync_steps": 2} if "moving" in kind else {}
         base = kind.removesuffix(" moving")

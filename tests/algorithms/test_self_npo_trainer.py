@@ -82,7 +82,7 @@ def sampled_by_diffusers(pipeline, prompt: str, noise: torch.Tensor, steps: int,
 
 class TestTrajectories:
     @pytest.mark.parametrize("prediction_type", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("scale", [0.0, 1.0, -4.0])
+    @pytest.mark.parametrize("scale", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 1.0)), -4.0])
     def test_the_pool_s_latents_are_those_of_diffusers_own_sampler(self, prediction_type, scale, npo, asked):
         cfg = npo(teacher="frozen", guidance_scale=scale, max_steps=4)
         trainer = SelfNPOTrainer(build_tiny_pipeline(prediction_type), cfg, asked.select([0]).repeat(16))
@@ -282,7 +282,12 @@ class TestTeacher:
 class TestResume:
     @pytest.mark.parametrize(
         ("options", "peft_config"),
-        [({}, None), ({}, lora(lora_dropout=0.2)), ({"preset": "paper"}, None), ({"preset": "released_code"}, None)],
+        [
+            ({}, None),
+            ({}, lora(lora_dropout=0.2)),
+            pytest.param({"preset": "paper"}, None, marks=pytest.mark.slow),
+            pytest.param({"preset": "released_code"}, None, marks=pytest.mark.slow),
+        ],
     )
     def test_resuming_equals_never_having_stopped(self, options, peft_config, npo, asked, pictures, tmp_path):
         moving = {} if options.get("preset") == "paper" else {"ema_decay": 0.9}

@@ -19,16 +19,24 @@ from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights
 from safetensors.torch import load_file
 
 import trl_diffusion_pref
+from trl_diffusion_pref.algorithms import TRAINERS
 from trl_diffusion_pref.algorithms.mapo.loss import mapo_loss
 
 
 PACKAGE = Path(trl_diffusion_pref.__file__).parent
 every_algorithm = pytest.mark.parametrize("name", ALL)
-full_and_lora = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+# Without the made-up ones, which `make test-all` has.
+OWN = [pytest.param(name, marks=() if name in TRAINERS else pytest.mark.slow) for name in ALL]
+every_own_algorithm = pytest.mark.parametrize("name", OWN)
+# Of the others, `make test-all` trains LoRAs too.
+LORAS = ("mapo", "diffusion-dpo", "self-npo")
+FULL_AND_LORA = [
+    *(pytest.param(name, False, id=f"full-{name}") for name in ALL),
+    *(pytest.param(name, True, id=f"lora-{name}", marks=() if name in LORAS else pytest.mark.slow) for name in ALL),
+]
 
 
-@every_algorithm
-@full_and_lora
+@pytest.mark.parametrize(("name", "lora"), FULL_AND_LORA)
 def test_it_trains_evaluates_resumes_and_saves(name, lora, tmp_path):
     whole = trainer_for(name, tmp_path / "whole", lora, save_strategy="steps", save_steps=2, use_ema=True)
     whole.train()
@@ -52,7 +60,7 @@ def test_it_trains_evaluates_resumes_and_saves(name, lora, tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
 
 
-@every_algorithm
+@every_own_algorithm
 def test_four_micro_batches_of_one_equal_one_batch_of_four(name, tmp_path):
     runs = []
     for batch, accumulation in ((4, 1), (1, 4)):
@@ -72,7 +80,7 @@ def test_four_micro_batches_of_one_equal_one_batch_of_four(name, tmp_path):
         torch.testing.assert_close(runs[1][key], tensor, rtol=1e-4, atol=1e-5)
 
 
-@every_algorithm
+@every_own_algorithm
 @pytest.mark.parametrize("strategy", ["steps", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_run_resumed_at_its_end_takes_no_further_step(name, strategy, tmp_path):
     """Killed while the finished model was written, say: three steps of an epoch of four."""
@@ -85,7 +93,7 @@ def test_a_run_resumed_at_its_end_takes_no_further_step(name, strategy, tmp_path
     assert_equal_weights(weights_of(whole.model), weights_of(resumed.model))
 
 
-@every_algorithm
+@every_own_algorithm
 def test_evaluation_does_not_change_training(name, tmp_path):
     weights = []
     for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):

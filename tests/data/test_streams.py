@@ -199,7 +199,12 @@ def test_threads_may_encode_prompts_at_once(encoder, monkeypatch):
 # ---- Going on --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FIRST = ("21 in 3", "generator", "interleaved", "shuffled")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FIRST else pytest.mark.slow) for kind in KINDS]
+)
 @pytest.mark.parametrize(("workers", "block"), [(2, 4), pytest.param(2, 0, marks=pytest.mark.slow)])
 def test_a_resumed_stream_goes_on_with_the_next_row(kind, workers, block, encoder, tmp_path):
     """Also in the second epoch, in the middle of a shuffled block and where one worker has read all of its part."""

@@ -20,8 +20,6 @@ def options(folder: Path, name: str, **more: Any) -> dict[str, Any]:
         "resolution": 32,
         "aspect_ratio_buckets": True,
         "per_device_train_batch_size": 2,
-        # Two batches a step, in one process as in two.
-        "gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1)),
         "per_device_eval_batch_size": 2,
         "eval_draws": 2,
         "learning_rate": 1e-3,
@@ -59,7 +57,9 @@ def train_mapo(folder: Path, name: str, pairs: Dataset, resume: str | None = Non
 
 def everything(folder: Path, pairs: Dataset) -> dict[str, Any]:
     """What this process sees of two epochs, whole and resumed, of one without small batches, and of an evaluation."""
-    saving = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
+    # Two batches a step, in one process as in two.
+    two = {"gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))}
+    saving = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, **two}
     seen: dict[str, Any] = {"whole": train_mapo(folder, "mapo", pairs, **saving)}
     checkpoint = str(folder / "mapo" / "checkpoint-3")
     seen["resumed"] = train_mapo(folder, "again", pairs, checkpoint, **saving | {"save_strategy": "no"})

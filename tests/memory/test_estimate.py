@@ -286,12 +286,13 @@ def test_a_denoiser_without_gradient_checkpointing_has_no_column_for_it(monkeypa
     assert estimate.total == estimate.total_without_checkpointing
 
 
-# HunyuanVideo 1.5 reads some 2,000 tokens however small it is.
-SLOW = pytest.param("hunyuan_video15", marks=pytest.mark.slow)
-VIDEOS = ["wan", "wan_5b", "ltx", "hunyuan_video", SLOW, "cogvideox"]
+VIDEOS_AND_AUDIO = ["wan", "cogvideox", "ace_step", "audioldm2"]
+OTHERS_OF_THEM = ["wan_5b", "ltx", "hunyuan_video", "hunyuan_video15", "stable_audio"]
 
 
-@pytest.mark.parametrize("name", [*VIDEOS, "ace_step", "stable_audio", "audioldm2"])
+@pytest.mark.parametrize(
+    "name", [*VIDEOS_AND_AUDIO, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS_OF_THEM)]
+)
 @pytest.mark.parametrize("kind", [MaPOConfig, pytest.param(SelfNPOConfig, marks=pytest.mark.slow)])
 def test_the_total_is_what_videos_and_audio_take(name, kind, pairs, tmp_path):
     case, pipeline = tiny.CASES[name], tiny.build(name)

@@ -307,7 +307,7 @@ class TestRuns:
     @pytest.mark.parametrize(
         "more",
         [
-            {},
+            pytest.param({}, marks=pytest.mark.slow),
             # In the middle of the second epoch, whose last step has fewer batches.
             {"gradient_accumulation_steps": 3, "max_steps": 8, "save_steps": 4},
             {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "prompt_dropout": 0.3},

@@ -36,7 +36,11 @@ from trl_diffusion_pref.shapes import preference_pairs
 
 
 # Self-NPO's trajectories go through predictions everywhere, and generated samples have no masks.
-ELEMENTWISE = [name for name in algorithms.ALL if name != "self-npo"]
+ELEMENTWISE = [
+    pytest.param(name, marks=() if name in ("mapo", "diffusion-dpo", "diffusion-nft") else pytest.mark.slow)
+    for name in algorithms.ALL
+    if name != "self-npo"
+]
 
 
 @pytest.fixture

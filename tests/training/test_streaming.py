@@ -168,6 +168,7 @@ def test_processes_and_steps_have_noise_of_their_own(run):
     assert len(set(keys)) == len(keys) == 32
 
 
+@pytest.mark.slow
 def test_batches_of_unequal_size_are_logged_and_checked_together(run):
     _, ranks = run
     first, second = (rank["uneven"] for rank in ranks)
@@ -177,6 +178,7 @@ def test_batches_of_unequal_size_are_logged_and_checked_together(run):
     assert "the loss is nan for the rows [10] of train_dataset" in first["error"] == second["error"]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_named(run, streamed):
     folder, _ = run
     trainer = streamed(dataloader_num_workers=2, shuffle_buffer=4)

@@ -16,7 +16,7 @@ from ..encode import encode_dataset
 from ..export import export_lora, merge_lora
 from ..export.push import push_folder
 from ..inspection import inspect_dataset
-from ..memory import estimate_memory
+from ..memory import estimate_memory, fit_memory
 from ..training.config import DiffusionPreferenceConfig
 from ..training.documented import documented
 from .command import Command
@@ -125,14 +125,19 @@ class DeviceOptions:
 
         device_type (`str`, *optional*):
             `cuda` or `cpu`. Default: `cpu` with `use_cpu`, else `cuda`.
+        card (`str`, *optional*):
+            Size of a card, such as `24GB`: prints whether the config fits, its largest batch, and which options would
+            make it fit.
     """
 
     device_type: Literal["cuda", "cpu"] | None = None
+    card: str | None = None
 
 
 def _run_estimate(parsed: Parsed, words: Sequence[str]) -> int:
     _, model, lora, device, config = parsed.options
-    print(estimate_memory(model.model, config, lora.peft_config, device.device_type))
+    asked = (model.model, config, lora.peft_config, device.device_type)
+    print(estimate_memory(*asked) if device.card is None else fit_memory(device.card, *asked))
     return 0
 
 

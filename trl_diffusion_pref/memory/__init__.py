@@ -5,6 +5,7 @@ counted.
 """
 
 from .estimate import MemoryEstimate, estimate_memory
+from .fit import FitOption, MemoryFit, fit_memory
 
 
-__all__ = ["MemoryEstimate", "estimate_memory"]
+__all__ = ["FitOption", "MemoryEstimate", "MemoryFit", "estimate_memory", "fit_memory"]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -13,7 +14,7 @@ from ..training.model_setup import has_gradient_checkpointing
 from .autocast import DEVICE_TYPES
 from .held import optimizer_bytes
 from .model import pipeline_of
-from .step import FakeStep
+from .step import Counts, FakeStep
 
 
 _GIB = 2**30
@@ -75,6 +76,82 @@ class MemoryEstimate:
         return "\n".join(lines)
 
 
+class CountedStep:
+    """A training step of one config and what it holds, each part counted when it is first asked for.
+
+    Args:
+        model, cfg, peft_config, device_type: See `estimate_memory`.
+
+    Raises:
+        TypeError, ValueError: See `estimate_memory`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | DiffusionPipeline | nn.Module,
+        cfg: DiffusionPreferenceConfig,
+        peft_config: LoraConfig | None,
+        device_type: str | None,
+    ) -> None:
+        kind = trainer_of(cfg)
+        # Not the device of this machine: the estimate is asked for before there is one.
+        self.device_type = device_type or ("cpu" if cfg.use_cpu else "cuda")
+        if self.device_type not in DEVICE_TYPES:
+            raise ValueError(f"device_type={self.device_type!r}: estimates are made for {' and '.join(DEVICE_TYPES)}.")
+        self.cfg, self.args = cfg, cfg.own_copy()
+        self.family, pipeline = pipeline_of(model, self.args)
+        self.step = FakeStep(kind, pipeline, self.family, self.args, peft_config, self.device_type)
+        self.gradients = sum(parameter.nbytes for parameter in self.step.trained)
+        # In float32, whatever the weights are in.
+        self.average = sum(4 * parameter.numel() for parameter in self.step.trained) if self.args.use_ema else 0
+        self._states: dict[str, int] = {}
+        self._runs: dict[tuple[bool, int], Counts] = {}
+
+    @property
+    def can_checkpoint(self) -> bool:
+        return self.family.gradient_checkpointing and has_gradient_checkpointing(self.step.base)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the config's run has gradient checkpointing."""
+        return bool(self.cfg.activation_checkpointing or self.cfg.gradient_checkpointing) and self.can_checkpoint
+
+    def optimizer_state(self, optim: str) -> int:
+        """Bytes of an optimiser's state, of which `optim` is the name in the config."""
+        if optim not in self._states:
+            with self.args.changed(optim=optim), self.step.accelerator.fake_tensors:
+                self._states[optim] = optimizer_bytes(self.args, self.step.trained)
+        return self._states[optim]
+
+    @property
+    def optim(self) -> str:
+        return getattr(self.args.optim, "value", self.args.optim)
+
+    def counts(self, checkpointing: bool, batch_size: int) -> Counts:
+        """Of one batch, forward and backward."""
+        if (checkpointing, batch_size) not in self._runs:
+            self._runs[checkpointing, batch_size] = self.step.run(checkpointing, batch_size)
+        return self._runs[checkpointing, batch_size]
+
+    def total(self, checkpointing: bool, optim: str, batch_size: int) -> int:
+        """Bytes of training."""
+        kept = self.step.weights + self.step.held + self.average + self.optimizer_state(optim)
+        return kept + max(self.counts(checkpointing, batch_size).peak, self.gradients)
+
+    @cached_property
+    def conditions(self) -> str:
+        cfg, step = self.cfg, self.step
+        latents = "x".join(map(str, step.encoder.latent_shape))
+        half = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({self.device_type})"
+        samples = max(step.trainer.layout.num_samples, 1) * self.args.per_device_train_batch_size
+        trained = sum(parameter.numel() for parameter in step.trained)
+        return (
+            f"{self.family.pipeline_class}: {step.parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M "
+            f"trained,\nlatents {latents}, {samples} samples at once, "
+            f"{half if cfg.bf16 or cfg.fp16 else 'no autocast'}, {self.optim}"
+        )
+
+
 def estimate_memory(
     model: str | os.PathLike | DiffusionPipeline | nn.Module,
     cfg: DiffusionPreferenceConfig,
@@ -117,48 +194,27 @@ def estimate_memory(
     print(estimate_memory("stabilityai/stable-diffusion-xl-base-1.0", cfg))
     ```
     """
-    kind = trainer_of(cfg)
-    # Not the device of this machine: the estimate is asked for before there is one.
-    device_type = device_type or ("cpu" if cfg.use_cpu else "cuda")
-    if device_type not in DEVICE_TYPES:
-        raise ValueError(f"device_type={device_type!r}: estimates are made for {' and '.join(DEVICE_TYPES)}.")
-    args = cfg.own_copy()
-    family, pipeline = pipeline_of(model, args)
-    step = FakeStep(kind, pipeline, family, args, peft_config, device_type)
-    gradients = sum(parameter.nbytes for parameter in step.trained)
-    # In float32, whatever the weights are in.
-    average = sum(4 * parameter.numel() for parameter in step.trained) if args.use_ema else 0
-    with step.accelerator.fake_tensors:
-        optimizer_state = optimizer_bytes(args, step.trained)
-
-    def run(checkpointing: bool) -> tuple[int, int]:
-        peak, activations = step.run(checkpointing)
-        return step.weights + step.held + average + optimizer_state + max(peak, gradients), activations
-
-    total, activations = run(False)
-    can_checkpoint = family.gradient_checkpointing and has_gradient_checkpointing(step.base)
-    total_checkpointed, activations_checkpointed = run(True) if can_checkpoint else (None, None)
-    parameters, trained_parameters = step.parameters, sum(parameter.numel() for parameter in step.trained)
-    latents = "x".join(map(str, step.encoder.latent_shape))
-    precision = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({device_type})" if cfg.bf16 or cfg.fp16 else "no autocast"
-    samples = max(step.trainer.layout.num_samples, 1) * args.per_device_train_batch_size
-    checkpointing = bool(cfg.activation_checkpointing or cfg.gradient_checkpointing)
+    counted = CountedStep(model, cfg, peft_config, device_type)
+    step, optim, size = counted.step, counted.optim, cfg.per_device_train_batch_size
+    total, activations = counted.total(False, optim, size), counted.counts(False, size).activations
+    total_checkpointed = activations_checkpointed = None
+    if counted.can_checkpoint:
+        total_checkpointed, activations_checkpointed = (
+            counted.total(True, optim, size),
+            counted.counts(True, size).activations,
+        )
     return MemoryEstimate(
         weights=step.weights,
-        parameters=parameters,
-        trained_parameters=trained_parameters,
-        gradients=gradients,
-        optimizer_state=optimizer_state,
+        parameters=step.parameters,
+        trained_parameters=sum(parameter.numel() for parameter in step.trained),
+        gradients=counted.gradients,
+        optimizer_state=counted.optimizer_state(optim),
         reference=step.held,
-        average=average,
+        average=counted.average,
         activations_with_checkpointing=activations_checkpointed,
         activations_without_checkpointing=activations,
         total_with_checkpointing=total_checkpointed,
         total_without_checkpointing=total,
-        checkpointing=checkpointing and can_checkpoint,
-        conditions=(
-            f"{family.pipeline_class}: {parameters / 1e6:,.1f} M parameters, {trained_parameters / 1e6:,.1f} M "
-            f"trained,\nlatents {latents}, {samples} samples at once, {precision}, "
-            f"{getattr(cfg.optim, 'value', cfg.optim)}"
-        ),
+        checkpointing=counted.checkpointing,
+        conditions=counted.conditions,
     )

@@ -1,4 +1,4 @@
-"""Counts the bytes of fake tensors, which have shapes and dtypes and no values, that exist at once."""
+"""Counts the bytes of fake tensors, which have shapes and no values, that exist at once, and their arithmetic."""
 
 import weakref
 from contextlib import nullcontext
@@ -8,8 +8,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from .autocast import OnDevice
+
+
+_ATEN = torch.ops.aten
+# PyTorch has no count for the CPU's attention, whose arguments are those of flash attention.
+_COUNTED_LIKE = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _ATEN._scaled_dot_product_flash_attention_backward,
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -20,11 +29,14 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         modules: Have their gradients counted by themselves.
+
+    Attributes:
+        flops: Floating-point operations of matrix products, convolutions and attention since `start`.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__()
-        self.current = self.peak = self.gradients = self.peak_beside_gradients = 0
+        self.current = self.peak = self.gradients = self.peak_beside_gradients = self.flops = 0
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
         for tensor in tensors:
@@ -35,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
     def start(self) -> None:
         """Begins a step: what exists now stays, and there are no gradients."""
         self.peak = self.peak_beside_gradients = self.current
-        self.gradients = 0
+        self.gradients = self.flops = 0
         self._with_gradient.clear()
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
@@ -69,6 +81,10 @@ class LiveBytes(TorchDispatchMode):
         real = FakeTensor not in types and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
         with unset_fake_temporarily() if real else nullcontext():
             result = function(*args, **kwargs)
+        packet = function._overloadpacket
+        count = flop_registry.get(_COUNTED_LIKE.get(packet, packet))
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)

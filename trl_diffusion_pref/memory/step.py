@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
@@ -105,6 +105,20 @@ class _OneProcess:
             return torch.zeros(1, 1, self.numbers_per_row)
 
 
+class Counts(NamedTuple):
+    """What one step takes.
+
+    Args:
+        peak: The most bytes that exist at once beside weights and what is held.
+        activations: The same without gradients.
+        flops: Operations of matrix products, convolutions and attention in one batch, forward and backward.
+    """
+
+    peak: int
+    activations: int
+    flops: int
+
+
 class FakeStep:
     """Forward and backward of one batch, as the trainer of a config runs them, on fake tensors.
 
@@ -181,8 +195,9 @@ class FakeStep:
             process = self.args.noise_process(scheduler, family.image_tokens(self.encoder.latent_shape))
         return process
 
-    def run(self, checkpointing: bool) -> tuple[int, int]:
-        """The most that exists at once beside weights and what is held, with gradients and without."""
+    def run(self, checkpointing: bool, batch_size: int) -> Counts:
+        """Counts one step of so many rows, with activations kept or computed again."""
+        self.rows = torch.zeros(batch_size, dtype=torch.int64)
         if checkpointing:
             self.base.enable_gradient_checkpointing(self._checkpoint)
         else:
@@ -192,13 +207,13 @@ class FakeStep:
         with self.accelerator.fake_tensors, live:
             live.start()
             self._forward_and_backward()
-            activations = live.peak_beside_gradients
+            activations, flops = live.peak_beside_gradients, live.flops
             if self.args.gradient_accumulation_steps > 1:
                 # From the second micro-batch on, gradients are there from the start.
                 self._forward_and_backward()
         for parameter in self.trained:
             parameter.grad = None
-        return live.peak, activations
+        return Counts(live.peak, activations, flops)
 
     def _checkpoint(self, module: nn.Module, *args: Any) -> Any:
         # The backward pass runs outside of the model's forward pass.
