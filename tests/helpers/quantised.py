@@ -9,7 +9,7 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from torch import nn
 
 from trl_diffusion_pref.memory.quantised import quantised_layers, scales_of
-from trl_diffusion_pref.training.quantised import compute_alike_in_evaluation
+from trl_diffusion_pref.training.quantised import prepare_layers
 
 
 CONFIGS = {
@@ -32,7 +32,7 @@ def load_quantised(folder: Path, name: str, part: str = "unet") -> DiffusionPipe
     by_part = PipelineQuantizationConfig(quant_mapping={part: BitsAndBytesConfig(**CONFIGS[name])})
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, quantization_config=by_part)
     pipeline.set_progress_bar_config(disable=True)
-    compute_alike_in_evaluation(getattr(pipeline, part))
+    prepare_layers(getattr(pipeline, part))
     return pipeline
 
 

@@ -81,6 +81,19 @@ def test_the_reference_is_the_model_at_its_start(kind, reference, folder, tmp_pa
     assert second["rewards/margins"] != 0
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_activations_are_in_half_precision_under_autocast_as_with_other_layers(kind, folder):
+    plain, quantised = (
+        pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        for pipeline in (build_tiny_pipeline(), load_quantised(folder / "pipeline", kind))
+    )
+    x = torch.randn(2, 4, plain.in_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert quantised(x).dtype == plain(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert quantised(x).dtype == plain(x).dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["self-npo", "diffusion-kto", "diffusion-nft"])
 def test_other_methods_train_on_four_bits(name, folder, tmp_path):
     trainer = make(name, load_quantised(folder / "pipeline", "nf4"), tmp_path)

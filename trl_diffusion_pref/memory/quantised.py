@@ -15,6 +15,7 @@ from ..families.denoisers import parts_of
 from ..fingerprint import is_quantised
 from ..training.config import DiffusionPreferenceConfig
 from ..training.quantised import bitsandbytes_config
+from .autocast import DEVICE_TYPES
 
 
 # Weights that share a scale, and the table of the values that 4 bits stand for.
@@ -131,6 +132,10 @@ def _hold(layer: Linear4bit | Linear8bitLt, scales: int) -> None:
 def _forward(layer: Linear4bit | Linear8bitLt, x: Tensor) -> Tensor:
     """What bitsandbytes holds for the result: 4-bit layers compute in a dtype of their own."""
     size = (layer.out_features, layer.in_features)
+    for device_type in DEVICE_TYPES:
+        # As `prepare_layers` does, which asks for the device of the input: here it is a CPU's.
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
     if isinstance(layer, Linear8bitLt):
         return _Dequantised.apply(x, size, layer.bias, True)
     result = _Dequantised.apply(x.to(layer.compute_dtype or x.dtype), size, layer.bias, False)

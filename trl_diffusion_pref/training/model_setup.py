@@ -22,7 +22,7 @@ from ..families.denoisers import NoiseRouter, parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import weights_fingerprint
 from .config import DiffusionPreferenceConfig
-from .quantised import check_quantised, compute_alike_in_evaluation
+from .quantised import check_quantised, prepare_layers
 from .references import OLD_POLICY_ADAPTER, REFERENCE_ADAPTER
 
 
@@ -158,7 +158,7 @@ def make_trainable(
         The denoiser, or the PEFT model around it.
     """
     apply_gradient_checkpointing(base, args)
-    compute_alike_in_evaluation(base)
+    prepare_layers(base)
     if isinstance(base, NoiseRouter):
         # DDP waits for the gradients of all parameters, and a step may need one denoiser alone.
         args.ddp_find_unused_parameters = True

@@ -130,17 +130,33 @@ def check_reference(base: nn.Module, *, precomputed: bool, moved: bool) -> None:
         )
 
 
-def compute_alike_in_evaluation(base: nn.Module) -> None:
-    """Has bitsandbytes' layers compute the same in evaluation as in training, as they do on CUDA devices.
+def prepare_layers(base: nn.Module) -> None:
+    """Has bitsandbytes' layers compute as torch's do under autocast, and in evaluation as in training.
+
+    Under autocast a linear layer's result is in half precision. One of bitsandbytes' gives back its input's dtype,
+    which after a norm is float32, so that activations would take twice the memory.
 
     On a CPU, `eval()` has 8-bit layers round their inputs, so that a reference would differ from the model at its
     start; and with AVX-512 for bfloat16 it has 4-bit layers pack their weights anew, after which no gradient passes.
     """
     for layer in base.modules():
+        if (
+            not isinstance(layer, (Linear4bit, Linear8bitLt))
+            or _in_autocast_dtype in layer._forward_pre_hooks.values()
+        ):
+            continue
+        layer.register_forward_pre_hook(_in_autocast_dtype)
         if isinstance(layer, Linear4bit):
             vars(layer)["support_avx512bf16_for_cpu"] = False
-        elif isinstance(layer, Linear8bitLt) and _as_in_training not in layer._forward_pre_hooks.values():
+        else:
             layer.register_forward_pre_hook(_as_in_training)
+
+
+def _in_autocast_dtype(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    x, *others = inputs
+    if not torch.is_autocast_enabled(x.device.type):
+        return None
+    return x.to(torch.get_autocast_dtype(x.device.type)), *others
 
 
 def _as_in_training(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
