@@ -140,11 +140,11 @@ def test_a_killed_process_resumes_to_the_same_weights(name, tmp_path):
 
 
 @pytest.mark.slow
-@every_algorithm
-def test_two_processes_train_and_evaluate_as_one_with_their_batches_together(name, tmp_path):
+@pytest.mark.parametrize(("name", "lora"), [*((name, False) for name in ALL), *((name, True) for name in LORAS)])
+def test_two_processes_train_and_evaluate_as_one_with_their_batches_together(name, lora, tmp_path):
     seen = {}
     for processes in (1, 2):
-        done = run(name, tmp_path / str(processes), "share", processes)
+        done = run(name, tmp_path / str(processes), "share-lora" if lora else "share", processes)
         assert done.returncode == 0, done.stderr[-3000:]
         files = [tmp_path / str(processes) / f"rank-{rank}.json" for rank in range(processes)]
         seen[processes] = [json.loads(file.read_text()) for file in files]
@@ -155,10 +155,8 @@ def test_two_processes_train_and_evaluate_as_one_with_their_batches_together(nam
     assert len(first["losses"]) == 4 and first["losses"] == second["losses"]
     # A beta of thousands makes as much of what float32 rounds away; other noise would change a loss by a tenth.
     assert first["losses"] == pytest.approx(seen[1][0]["losses"], rel=5e-4)
-    one, two = (
-        load_file(tmp_path / str(count) / "output" / "unet" / "diffusion_pytorch_model.safetensors")
-        for count in (1, 2)
-    )
+    file = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
+    one, two = (load_file(tmp_path / str(count) / "output" / file) for count in (1, 2))
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)
 

@@ -79,7 +79,8 @@ def loaded_from(folder: str, name: str, lora: bool) -> nn.Module:
     return family.denoiser(pipeline)
 
 
-@full_and_lora()
+# LoRAs of every family are trained below, and loaded again by the tests of export and guidance.
+@full_and_lora(slow=True)
 @every_family
 def test_mapo_trains_alike_with_gradient_checkpointing_and_saves_what_loads(name, lora, pairs, options):
     runs = []

@@ -1,6 +1,6 @@
 """One process of tests/contracts/test_algorithms.py: trains, is killed, goes on, or shares steps of four rows.
 
-python algorithm_run.py <algorithm> <folder> train|kill|resume|share
+python algorithm_run.py <algorithm> <folder> train|kill|resume|share|share-lora
 """
 
 import json
@@ -34,11 +34,11 @@ def main() -> None:
     torch.set_num_threads(1)
     name, folder, what = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     options = {"save_strategy": "steps", "save_steps": 1, "use_cpu": True}
-    if what == "share":
+    if what.startswith("share"):
         # Adam would make much of gradients near 0, which differ by rounding.
         batch = 4 // int(os.environ.get("WORLD_SIZE", 1))
         options |= {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 1e-2}
-    trainer = trainer_for(name, folder, **options)
+    trainer = trainer_for(name, folder, what == "share-lora", **options)
     if what == "kill":
         trainer.add_callback(KillAfter(2))
     seen = {"start": weights(trainer.model), "before": trainer.evaluate()["eval_loss"]}

@@ -815,6 +815,7 @@ VARIANTS = (
     "stable_diffusion_3_without_t5",
     "flux_schnell",
     "flux2_klein_edit",
+    "flux2_klein_edit_three",
     "flux2_dev_edit",
     "flux2_dev_edit_three",
     "wan_5b",

@@ -57,7 +57,13 @@ def flux_transformer() -> FluxTransformer2DModel:
 
 # The marked ones vary by one option from another, and run in `make test-all`.
 CASES = [
-    ("mixed", MaPOConfig, False, {"activation_checkpointing": False, "per_device_train_batch_size": 16}),
+    pytest.param(
+        "mixed",
+        MaPOConfig,
+        False,
+        {"activation_checkpointing": False, "per_device_train_batch_size": 16},
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         "mixed",
         MaPOConfig,

@@ -53,6 +53,7 @@ def test_the_largest_batch_is_the_one_that_all_sizes_tried_would_give():
         assert asked <= 10
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_config_fits_and_one_row_more_does_not(folder):
     def config(size):
         return config_of(activation_checkpointing=False, per_device_train_batch_size=size)

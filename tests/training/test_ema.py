@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer, estimate_memory
 from trl_diffusion_pref.export import merge_lora
-from trl_diffusion_pref.memory.step import FakeStep
+from trl_diffusion_pref.memory.step import Counts, FakeStep
 
 
 full_and_lora = pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, lora_alpha=8)], ids=["full", "lora"])
@@ -134,7 +134,7 @@ def test_options_of_the_average_are_checked(config, pairs, monkeypatch):
 
 def test_the_estimate_counts_four_bytes_for_each_averaged_weight(tiny_pipeline, monkeypatch):
     # What is held beside the step, whose own bytes do not depend on it.
-    monkeypatch.setattr(FakeStep, "run", lambda step, checkpointing: (0, 0))
+    monkeypatch.setattr(FakeStep, "run", lambda step, checkpointing, batch_size: Counts(0, 0, 0))
     options = {"output_dir": tempfile.gettempdir(), "use_cpu": True, "activation_checkpointing": False}
     for lora in (None, LoraConfig(r=2)):
         plain, averaged = (

@@ -196,8 +196,8 @@ def largest_batch(memory: Callable[[int], int], limit: int) -> int:
     fits, over = [1, 2], LARGEST + 1
     while True:
         before, last = fits[-2:]
-        rise = (memory(last) - memory(before)) / (last - before)
-        most = min(over - 1, last + int((limit - memory(last)) / rise) if rise > 0 else LARGEST)
+        rise, left = memory(last) - memory(before), limit - memory(last)
+        most = min(over - 1, last + left * (last - before) // rise if rise > 0 else LARGEST)
         if most <= last:
             return last
         if memory(most) <= limit:
@@ -205,7 +205,7 @@ def largest_batch(memory: Callable[[int], int], limit: int) -> int:
             continue
         # Between a size that fits and one that does not, a line says too much, so that what it gives fits.
         over = most
-        between = last + int((over - last) * (limit - memory(last)) / (memory(over) - memory(last)))
+        between = last + left * (over - last) // (memory(over) - memory(last))
         if between == last and (over == last + 1 or memory(last + 1) > limit):
             return last
         fits.append(max(between, last + 1))
