@@ -263,7 +263,6 @@ class _Wish:
             self.asked.checkpointing and self.no_checkpointing not in names
         )
         optim = _EIGHT_BIT if self.eight_bit in names else self.asked.optim
-
         counted = self._counted(names)
 
         def memory(size: int) -> int:
@@ -301,7 +300,8 @@ class _Wish:
             return []
         step, by_name_or_alone = self.asked.step, not isinstance(self._model, DiffusionPipeline)
         frozen = lora and by_name_or_alone and self._cfg.quantize is None and not is_quantised(step.base)
-        in_float32 = any(each.dtype == torch.float32 for each in step.base.parameters())
+        own = [each for name, each in step.base.named_parameters() if ".lora_" not in name]
+        in_float32 = any(each.dtype == torch.float32 for each in own)
         possible = {
             self.eight_bit: self.asked.optim.startswith("adamw_torch"),
             self.half: frozen and in_float32,
