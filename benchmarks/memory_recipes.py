@@ -19,14 +19,12 @@ from peft import LoraConfig
 from sdxl_memory import sdxl_unet
 
 from trl_diffusion_pref import DiffusionDPOConfig, MaPOConfig, estimate_memory
+from trl_diffusion_pref.memory.cards import GIB, SHARE
 
 
 RESULTS = Path(__file__).parent / "results"
 CARDS = (8, 12, 16, 24, 80)
 BATCHES = (1, 4, 16)
-# What a recipe may take of a card; the rest is for what the estimate does not count.
-SHARE = 0.9
-GIB = 2**30
 
 
 def sd15_unet() -> UNet2DConditionModel:

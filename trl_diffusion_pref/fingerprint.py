@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -81,8 +81,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def _vectors(module: nn.Module) -> dict[str, Tensor]:
     """A denoiser's own parameters with one dimension, by the names that they have without adapters."""
-    named = {name.replace(".base_layer", ""): each for name, each in module.named_parameters() if each.ndim == 1}
-    return {name: each for name, each in named.items() if ".lora_" not in name}
+    return _without_adapters((name, each) for name, each in module.named_parameters() if each.ndim == 1)
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -106,9 +105,11 @@ def _picked(tensor: Tensor) -> Tensor:
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
     """A denoiser's own parameters and buffers, by the names that they have without adapters."""
-    return {
-        name.replace(".base_layer", ""): tensor for name, tensor in module.state_dict().items() if ".lora_" not in name
-    }
+    return _without_adapters(module.state_dict().items())
+
+
+def _without_adapters(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name.replace(".base_layer", ""): tensor for name, tensor in named if ".lora_" not in name}
 
 
 def different_parameters(one: nn.Module, other: nn.Module) -> list[str]:
@@ -124,8 +125,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of what a denoiser's state holds, without adapters and what belongs to quantised weights."""
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     saved = module.state_dict().keys()
-    tensors = {name: tensor for name, tensor in named if name in saved and ".lora_" not in name}
+    tensors = _without_adapters((name, tensor) for name, tensor in named if name in saved)
     return {
-        name.replace(".base_layer", ""): tuple(getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape))
+        name: tuple(getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape))
         for name, tensor in tensors.items()
     }

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from helpers.algorithms import trainer_for
+from helpers.processes import world_size
 
 
 class KillAfter(TrainerCallback):
@@ -36,7 +37,7 @@ def main() -> None:
     options = {"save_strategy": "steps", "save_steps": 1, "use_cpu": True}
     if what.startswith("share"):
         # Adam would make much of gradients near 0, which differ by rounding.
-        batch = 4 // int(os.environ.get("WORLD_SIZE", 1))
+        batch = 4 // world_size()
         options |= {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 1e-2}
     trainer = trainer_for(name, folder, what == "share-lora", **options)
     if what == "kill":

@@ -35,8 +35,9 @@ def rows(name: str) -> Dataset:
     return pairs
 
 
-def trainer_for(name: str, folder: Path, lora: bool = False, **options):
-    config_class, trainer_class = ALL[name]
+def config_for(name: str, folder: Path, **options):
+    """Of a short run of an algorithm."""
+    config_class, _ = ALL[name]
     defaults = {
         "output_dir": str(folder / "output"),
         "dataset_cache_dir": str(folder / "cache"),
@@ -52,7 +53,10 @@ def trainer_for(name: str, folder: Path, lora: bool = False, **options):
         "report_to": "none",
     }
     guard = {"divergence_guard": "off"} if hasattr(config_class, "divergence_guard") else {}
-    config = config_class(**{**defaults, **guard, **options})
-    data = rows(name)
+    return config_class(**{**defaults, **guard, **options})
+
+
+def trainer_for(name: str, folder: Path, lora: bool = False, **options):
+    config, data = config_for(name, folder, **options), rows(name)
     peft_config = LoraConfig(r=2, lora_alpha=4) if lora else None
-    return trainer_class(build_tiny_pipeline(), config, data, data.select(range(3)), peft_config=peft_config)
+    return ALL[name][1](build_tiny_pipeline(), config, data, data.select(range(3)), peft_config=peft_config)

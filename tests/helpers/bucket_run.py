@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, load_from_disk
 
 from helpers.pipelines import build_tiny_pipeline
+from helpers.processes import world_size
 from trl_diffusion_pref import DiffusionDPOConfig, DiffusionDPOTrainer, MaPOConfig, MaPOTrainer
 
 
@@ -58,7 +59,7 @@ def train_mapo(folder: Path, name: str, pairs: Dataset, resume: str | None = Non
 def everything(folder: Path, pairs: Dataset) -> dict[str, Any]:
     """What this process sees of two epochs, whole and resumed, of one without small batches, and of an evaluation."""
     # Two batches a step, in one process as in two.
-    two = {"gradient_accumulation_steps": 2 // int(os.environ.get("WORLD_SIZE", 1))}
+    two = {"gradient_accumulation_steps": 2 // world_size()}
     saving = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, **two}
     seen: dict[str, Any] = {"whole": train_mapo(folder, "mapo", pairs, **saving)}
     checkpoint = str(folder / "mapo" / "checkpoint-3")

@@ -1,7 +1,6 @@
 """One process of tests/training/test_distributed.py: trains, then writes what it saw and where it ended."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from datasets import load_from_disk
 
 from helpers.pipelines import build_tiny_pipeline
+from helpers.processes import world_size
 from trl_diffusion_pref import (
     DiffusionDPOConfig,
     DiffusionDPOTrainer,
@@ -20,11 +20,6 @@ from trl_diffusion_pref import (
 from trl_diffusion_pref.data import batch as batches
 from trl_diffusion_pref.data import cache
 from trl_diffusion_pref.training.monitor import non_finite_weights
-
-
-def world_size() -> int:
-    """How many processes share a step of four pairs."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def train_dpo(folder: Path, pairs) -> dict:

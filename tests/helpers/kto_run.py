@@ -1,7 +1,6 @@
 """One process of tests/algorithms/test_diffusion_kto_trainer.py: trains, then writes what it saw."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import torch
 from datasets import load_from_disk
 
 from helpers.pipelines import build_tiny_pipeline
+from helpers.processes import world_size
 from trl_diffusion_pref import DiffusionKTOConfig, DiffusionKTOTrainer
 
 
 def main() -> None:
     torch.set_num_threads(1)
     folder, votes = Path(sys.argv[1]), load_from_disk(sys.argv[2])
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = world_size()
     seen: dict = {}
     for kind in ("running", "batch"):
         config = DiffusionKTOConfig(

@@ -1,9 +1,15 @@
 """Several processes of one run, or several nodes, as threads that share what accelerate would have told them."""
 
+import os
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Processes(threading.local):

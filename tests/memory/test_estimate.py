@@ -7,12 +7,13 @@ import tempfile
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from helpers import tiny
 from helpers.ranking import RankingConfig
 from helpers.tensor_memory import PeakMemory
 from helpers.training_runs import pairs  # noqa: F401
 from helpers.votes import VoteConfig
+from memory_recipes import flux_transformer
 from peft import LoraConfig
 from sdxl_memory import sdxl_unet
 from torch import nn
@@ -47,12 +48,6 @@ def measured_peak(trainer) -> int:
     with PeakMemory(trainer.model, *held) as measured:
         trainer.train()
     return measured.peak
-
-
-def flux_transformer() -> FluxTransformer2DModel:
-    """black-forest-labs/FLUX.1-dev, transformer/config.json."""
-    with torch.device("meta"):
-        return FluxTransformer2DModel(guidance_embeds=True)
 
 
 # The marked ones vary by one option from another, and run in `make test-all`.

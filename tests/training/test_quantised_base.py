@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.algorithms import rows
+from helpers.algorithms import config_for, rows
 from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
 from helpers.quantised import load_on_cpu, load_quantised, stored_bytes
 from helpers.tensor_memory import PeakMemory
@@ -32,26 +32,10 @@ def folder(tmp_path_factory):
 
 
 def make(name, model, folder, lora=True, evaluated=False, **options):
-    config_class, trainer_class = TRAINERS[name]
-    defaults = {
-        "output_dir": str(folder / "output"),
-        "dataset_cache_dir": str(folder / "cache"),
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "activation_checkpointing": False,
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    guard = {"divergence_guard": "off"} if hasattr(config_class, "divergence_guard") else {}
-    config = config_class(**{**defaults, **guard, **options})
+    config = config_for(name, folder, **{"max_steps": 2, "learning_rate": 1e-2, "use_cpu": True, **options})
     data = rows(name).select(range(4))
     peft_config = LoraConfig(r=2, lora_alpha=4) if lora else None
-    return trainer_class(model, config, data, data if evaluated else None, peft_config=peft_config)
+    return TRAINERS[name][1](model, config, data, data if evaluated else None, peft_config=peft_config)
 
 
 def losses(trainer):

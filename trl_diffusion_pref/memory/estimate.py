@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
@@ -12,12 +11,10 @@ from ..algorithms import trainer_of
 from ..training.config import DiffusionPreferenceConfig
 from ..training.model_setup import has_gradient_checkpointing
 from .autocast import DEVICE_TYPES
+from .cards import GIB
 from .held import optimizer_bytes
 from .model import pipeline_of
 from .step import Counts, FakeStep
-
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,10 @@ class MemoryEstimate:
             f"{'GiB, by gradient checkpointing':32}" + "".join(f"{name:>15}" for name in columns),
         ]
         for name in ("weights", "gradients", "optimizer_state", "reference", *(["average"] if self.average else [])):
-            lines.append(f"{name.replace('_', ' '):32}" + f"{getattr(self, name) / _GIB:15.2f}" * len(columns))
+            lines.append(f"{name.replace('_', ' '):32}" + f"{getattr(self, name) / GIB:15.2f}" * len(columns))
         for label, field in (("activations", "activations"), ("total, the most held at once", "total")):
             values = (getattr(self, f"{field}_with_checkpointing"), getattr(self, f"{field}_without_checkpointing"))
-            lines.append(f"{label:32}" + "".join(f"{value / _GIB:15.2f}" for value in values if value is not None))
+            lines.append(f"{label:32}" + "".join(f"{value / GIB:15.2f}" for value in values if value is not None))
         return "\n".join(lines)
 
 
@@ -102,8 +99,9 @@ class CountedStep:
         self.family, pipeline = pipeline_of(model, self.args)
         self.step = FakeStep(kind, pipeline, self.family, self.args, peft_config, self.device_type)
         self.gradients = sum(parameter.nbytes for parameter in self.step.trained)
+        self.trained_parameters = sum(parameter.numel() for parameter in self.step.trained)
         # In float32, whatever the weights are in.
-        self.average = sum(4 * parameter.numel() for parameter in self.step.trained) if self.args.use_ema else 0
+        self.average = 4 * self.trained_parameters if self.args.use_ema else 0
         self._states: dict[str, int] = {}
         self._runs: dict[tuple[bool, int], Counts] = {}
 
@@ -138,16 +136,15 @@ class CountedStep:
         kept = self.step.weights + self.step.held + self.average + self.optimizer_state(optim)
         return kept + max(self.counts(checkpointing, batch_size).peak, self.gradients)
 
-    @cached_property
+    @property
     def conditions(self) -> str:
         cfg, step = self.cfg, self.step
         latents = "x".join(map(str, step.encoder.latent_shape))
         half = f"{'bf16' if cfg.bf16 else 'fp16'} autocast ({self.device_type})"
         samples = max(step.trainer.layout.num_samples, 1) * self.args.per_device_train_batch_size
-        trained = sum(parameter.numel() for parameter in step.trained)
         return (
-            f"{self.family.pipeline_class}: {step.parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M "
-            f"trained,\nlatents {latents}, {samples} samples at once, "
+            f"{self.family.pipeline_class}: {step.parameters / 1e6:,.1f} M parameters, "
+            f"{self.trained_parameters / 1e6:,.1f} M trained,\nlatents {latents}, {samples} samples at once, "
             f"{half if cfg.bf16 or cfg.fp16 else 'no autocast'}, {self.optim}"
         )
 
@@ -206,7 +203,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=step.weights,
         parameters=step.parameters,
-        trained_parameters=sum(parameter.numel() for parameter in step.trained),
+        trained_parameters=counted.trained_parameters,
         gradients=counted.gradients,
         optimizer_state=counted.optimizer_state(optim),
         reference=step.held,
