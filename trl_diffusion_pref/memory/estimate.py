@@ -8,8 +8,8 @@ from peft import LoraConfig
 from torch import nn
 
 from ..algorithms import trainer_of
+from ..training.blocks import has_gradient_checkpointing
 from ..training.config import DiffusionPreferenceConfig
-from ..training.model_setup import has_gradient_checkpointing
 from .autocast import DEVICE_TYPES
 from .cards import GIB
 from .held import optimizer_bytes

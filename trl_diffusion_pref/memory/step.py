@@ -11,7 +11,6 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils.checkpoint import checkpoint
 
 from ..data import Encoders
 from ..data.batch import Batch, Posterior
@@ -20,6 +19,7 @@ from ..data.resolution import as_resolution
 from ..diffusion.noise import NoiseProcess, RectifiedFlow
 from ..families import Family
 from ..families.base import model_inside
+from ..training.blocks import SomeBlocks
 from ..training.config import DiffusionPreferenceConfig
 from ..training.denoiser import Denoiser
 from ..training.held_reference import HeldReference
@@ -199,7 +199,12 @@ class FakeStep:
         """Counts one step of so many rows, with activations kept or computed again."""
         self.rows = torch.zeros(batch_size, dtype=torch.int64)
         if checkpointing:
-            self.base.enable_gradient_checkpointing(self._checkpoint)
+            # The backward pass runs outside of the model's forward pass.
+            self.base.enable_gradient_checkpointing(
+                SomeBlocks(
+                    self.args.checkpointing_share, context_fn=lambda: (nullcontext(), self.accelerator.autocast())
+                )
+            )
         else:
             self.base.disable_gradient_checkpointing()
         self.model.train()
@@ -214,12 +219,6 @@ class FakeStep:
         for parameter in self.trained:
             parameter.grad = None
         return Counts(live.peak, activations, flops)
-
-    def _checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        # The backward pass runs outside of the model's forward pass.
-        return checkpoint(
-            module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.accelerator.autocast())
-        )
 
     def _forward_and_backward(self) -> None:
         batch = self._batch()

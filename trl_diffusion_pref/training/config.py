@@ -62,6 +62,9 @@ class DiffusionPreferenceConfig(DataConfig):
             with a warning.
         gradient_checkpointing (`bool`, *optional*):
             Older name of `activation_checkpointing`.
+        checkpointing_share (`float`, *optional*, defaults to `1.0`):
+            Share of the blocks, in (0, 1], whose activations are computed again; with 0.5 every second block. Less
+            saves less memory and time. An error without activation checkpointing.
 
         denoiser (`str`, *optional*):
             Which one to train where the pipeline has several, each for a range of noise: the pipeline's attribute,
@@ -122,6 +125,8 @@ class DiffusionPreferenceConfig(DataConfig):
     > Further defaults that differ from [`~transformers.TrainingArguments`]: `logging_steps=10`,
     > `ddp_find_unused_parameters=False`, `data_seed=seed` (without which a resumed run and a second process would
     > shuffle differently), `greater_is_better=False` for the metrics `mse/*` and `x0_error`.
+    > `torch_compile=True` compiles the blocks that the denoiser repeats, each kind once and in place, instead of the
+    > whole model; models that do not say which these are, and modes with CUDA graphs, are errors.
     """
 
     _VALID_DICT_FIELDS = [*DataConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
@@ -129,6 +134,7 @@ class DiffusionPreferenceConfig(DataConfig):
     # `check_effects`), and the names that `metric_for_best_model` may have (none: any).
     _ranges: ClassVar[dict[str, str]] = {
         **DataConfig._ranges,
+        "checkpointing_share": "(0, 1]",
         "prompt_dropout": "[0, 1)",
         "timestep_shift": "(0, inf)",
         "eval_draws": "[0, inf)",
@@ -150,6 +156,7 @@ class DiffusionPreferenceConfig(DataConfig):
     activation_checkpointing: bool | None = None
     # TRL's default of True would go through transformers' deprecated name; see __post_init__.
     gradient_checkpointing: bool | None = None  # type: ignore[assignment]  # None says that it was not set
+    checkpointing_share: float = 1.0
     denoiser: str | None = None
     lora_format: Literal["diffusers", "kohya"] = "diffusers"
     prompt_dropout: float = 0.0
@@ -201,6 +208,11 @@ class DiffusionPreferenceConfig(DataConfig):
         if self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self.gradient_checkpointing = self.activation_checkpointing
+        if self.checkpointing_share < 1 and not self.activation_checkpointing:
+            raise ValueError(
+                f"checkpointing_share={self.checkpointing_share} has no effect with activation_checkpointing=False. "
+                "Leave one of them out."
+            )
         check_trackers(self.report_to or ())
         check_schedule(self)
         self._check_metric(None)

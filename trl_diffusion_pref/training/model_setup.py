@@ -21,6 +21,7 @@ from ..families import Family
 from ..families.denoisers import NoiseRouter, parts_of
 from ..families.peft_format import PEFT_PREFIX
 from ..fingerprint import weights_fingerprint
+from .blocks import apply_compile, apply_gradient_checkpointing, check_compiled, check_gradient_checkpointing
 from .config import DiffusionPreferenceConfig
 from .quantised import check_quantised, prepare_layers
 from .references import OLD_POLICY_ADAPTER, REFERENCE_ADAPTER
@@ -107,6 +108,7 @@ def check_trainable(
             f"denoiser={base.names[-1]!r}."
         )
     check_gradient_checkpointing(args, family, base)
+    check_compiled(args, family, base)
     lora = peft_config is not None or carries_adapter(base)
     check_quantised(base, family, args, lora=lora, device_type=device_type)
     kohya = args.lora_format == "kohya"
@@ -158,6 +160,7 @@ def make_trainable(
         The denoiser, or the PEFT model around it.
     """
     apply_gradient_checkpointing(base, args)
+    apply_compile(base, args)
     prepare_layers(base)
     if isinstance(base, NoiseRouter):
         # DDP waits for the gradients of all parameters, and a step may need one denoiser alone.
@@ -208,41 +211,6 @@ def _remove_adapters(denoiser: nn.Module) -> None:
             # Of pipelines without load_lora_weights: PEFT put them in.
             recurse_remove_peft_layers(part)
             del part.peft_config
-
-
-def has_gradient_checkpointing(base: ModelMixin) -> bool:
-    """Whether a diffusers model has it at all, which it says under no public name."""
-    return getattr(base, "_supports_gradient_checkpointing", True)
-
-
-def check_gradient_checkpointing(args: DiffusionPreferenceConfig, family: Family, base: ModelMixin) -> None:
-    """Switches the default off where the family or its denoiser cannot do it, and raises where it was asked for.
-
-    Raises:
-        ValueError: Checkpointing was asked for.
-    """
-    has_it = has_gradient_checkpointing(base)
-    if not (args.activation_checkpointing or args.gradient_checkpointing) or (
-        family.gradient_checkpointing and has_it
-    ):
-        return
-    denoiser = f"The {family.denoiser_name} of {family.pipeline_class}"
-    if not args.checkpointing_is_default:
-        problem = "gives wrong results with" if has_it else "does not support"
-        raise ValueError(f"{denoiser} {problem} activation checkpointing. Set activation_checkpointing=False.")
-    logger.warning(f"{denoiser} cannot be trained with activation checkpointing, so it is off.")
-    args.activation_checkpointing = args.gradient_checkpointing = False
-
-
-def apply_gradient_checkpointing(base: ModelMixin, args: DiffusionPreferenceConfig) -> None:
-    """diffusers names the method differently, so it is called here, and the loop's options are switched off."""
-    if args.activation_checkpointing or args.gradient_checkpointing:
-        base.enable_gradient_checkpointing()
-    elif base.is_gradient_checkpointing:
-        # From an earlier trainer on the same pipeline, or switched on by its owner: the config decides.
-        base.disable_gradient_checkpointing()
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        setattr(args, name, False)
 
 
 def starting_fingerprint(model: nn.Module, record: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import use_adapter
 
+from .blocks import copy_of
+
 
 REFERENCE_ADAPTER, OLD_POLICY_ADAPTER = "reference", "old_policy"
 
@@ -170,5 +172,5 @@ def make_reference(kind: ReferenceKind, model: nn.Module, accelerator: Accelerat
     if kind == "frozen_adapter":
         return FrozenAdapter(cast(PeftModel, model))
     if kind == "copy":
-        return FrozenModel(copy.deepcopy(model), accelerator)
+        return FrozenModel(copy_of(model), accelerator)
     return Itself(model)

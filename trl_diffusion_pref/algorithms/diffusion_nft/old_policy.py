@@ -1,6 +1,5 @@
 """The old policy: the weights that generate, which follow the trained ones from phase to phase."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -10,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from ...training.blocks import copy_of
 from ...training.references import OLD_POLICY_ADAPTER, FrozenAdapter, FrozenModel, Reference
 
 
@@ -18,7 +18,7 @@ def old_policy_of(model: nn.Module, accelerator: Accelerator) -> Reference:
     if isinstance(model, PeftModel):
         return FrozenAdapter(model, OLD_POLICY_ADAPTER)
     # In half precision a small step would be rounded away.
-    return FrozenModel(copy.deepcopy(model).float(), accelerator)
+    return FrozenModel(copy_of(model).float(), accelerator)
 
 
 def old_policy_decay(step: int, schedule: Literal["half", "slow"]) -> float:

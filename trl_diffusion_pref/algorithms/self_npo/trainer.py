@@ -1,6 +1,5 @@
 """Self-NPO: a negative model from prompts alone, trained towards a teacher's own truncated samples."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,6 +13,7 @@ from ...data.layouts import sample_column
 from ...diffusion.elbo import denoising_error
 from ...diffusion.randomness import SampleKey, generator_for
 from ...diffusion.trajectories import Predict, advance, clean_estimate, combine_guidance
+from ...training.blocks import copy_of
 from ...training.callbacks import MoveReference
 from ...training.references import AdapterOff, FrozenAdapter, FrozenModel, Reference
 from ...training.trainer import DiffusionTrainer
@@ -149,7 +149,7 @@ class SelfNPOTrainer(DiffusionTrainer):
         moves = self.args.teacher == "ema"
         if isinstance(self.model, PeftModel):
             return FrozenAdapter(self.model) if self.carried_adapter or moves else AdapterOff(self.model)
-        module = copy.deepcopy(self.model)
+        module = copy_of(self.model)
         # In half precision a step of 1 - decay would be rounded away.
         return FrozenModel(module.float() if moves else module, self.accelerator)
 
