@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest browser lint docs benchmark weights clean
+.PHONY: demo test test-all test-oldest test-torchao browser lint docs bench benchmark weights clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,13 @@ OLDEST_LEFT_OUT := every_loss_lowers or killed or precomputed or does_not_change
 test-oldest: .venv-oldest/installed
 	HF_HUB_OFFLINE=0 .venv-oldest/bin/python -m pytest -m "not newest and not slow" $(PARALLEL) $(OLDEST) -k "not ($(OLDEST_LEFT_OUT))"
 
+# Beside the packages of the other tests, because diffusers imports it wherever it is installed, which takes a second.
+.venv/torchao: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ torchao==0.18.0
+
+test-torchao: .venv/torchao
+	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest tests/training/test_torchao.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,10 +68,17 @@ docs: .venv/installed
 	$(BIN)/python docs/_models_page.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d docs/_build/doctrees . docs/_build/html
 
+# Step times beside the bare step and the released recipes; fails where a bound is missed by more than the noise.
+bench: .venv/installed
+	$(BIN)/python benchmarks/step_time.py --check
+	$(BIN)/python benchmarks/start_time.py --check
+
 # The tables in benchmarks/results; not part of CI.
 benchmark: .venv/installed
 	$(BIN)/python benchmarks/reference_mismatch.py
 	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/step_options.py
+	$(BIN)/python benchmarks/start_time.py
 	$(BIN)/python benchmarks/accuracy_spread.py
 	$(BIN)/python benchmarks/reference_draws.py
 	$(BIN)/python benchmarks/self_npo.py

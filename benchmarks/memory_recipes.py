@@ -46,10 +46,11 @@ class Recipe:
     config: type[MaPOConfig] | type[DiffusionDPOConfig]
     options: dict[str, Any]
     lora: bool = False
-    half: bool = False  # the frozen base's weights in bfloat16
+    half: bool = False  # the base's weights in bfloat16
 
 
 NF4 = {"quantize": "nf4"}
+ROUNDED = {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}
 # Of a base in half precision, which the largest models need.
 SMALL = (
     Recipe("MaPO or Diffusion-DPO, LoRA of rank 16, base in nf4", DiffusionDPOConfig, NF4, lora=True, half=True),
@@ -58,6 +59,7 @@ SMALL = (
 RECIPES = (
     *SMALL,
     Recipe("MaPO or Diffusion-DPO, LoRA of rank 16", DiffusionDPOConfig, {}, lora=True),
+    Recipe("MaPO, all weights in bfloat16, 8-bit Adam with stochastic rounding", MaPOConfig, ROUNDED, half=True),
     Recipe("MaPO, all weights, 8-bit Adam", MaPOConfig, {"optim": "adamw_bnb_8bit"}),
     Recipe("MaPO, all weights", MaPOConfig, {}),
     Recipe("Diffusion-DPO, all weights, 8-bit Adam", DiffusionDPOConfig, {"optim": "adamw_bnb_8bit"}),

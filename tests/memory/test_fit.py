@@ -90,10 +90,17 @@ def test_each_row_is_the_estimate_of_the_config_with_its_changes(too_small, fold
         "activation_checkpointing=True": {"activation_checkpointing": True},
         'quantize="nf4"': {"quantize": "nf4"},
         'model_init_kwargs={"dtype": "bfloat16"}': {"model_init_kwargs": {"dtype": "bfloat16"}},
+        'model_init_kwargs={"dtype": "bfloat16"}, optim="adamw_torch_8bit", optim_args="bf16_stochastic_round=True"': {
+            "model_init_kwargs": {"dtype": "bfloat16"},
+            "optim": "adamw_torch_8bit",
+        },
     }
     names = [str(option) for option in too_small.options]
     assert names[:4] == ["as asked", *list(options)[:3]]
     assert " + ".join(list(options)[:3]) in names
+    # Rounding by chance has an 8-bit Adam of its own.
+    together = next(name for name in names if " + " in name and "stochastic" in name)
+    assert "adamw_bnb_8bit" not in together and "LoRA" not in together
     for option in too_small.options:
         lora = LoraConfig(r=16, lora_alpha=16) if any("LoRA" in change for change in option.changes) else None
         changed = {"activation_checkpointing": False}

@@ -23,7 +23,7 @@ Model: TypeAlias = str | os.PathLike | DiffusionPipeline | nn.Module
 # Larger batches are not looked for.
 LARGEST = 512
 _LORA_RANK = 16
-_EIGHT_BIT = "adamw_bnb_8bit"
+_EIGHT_BIT, _ROUNDED = "adamw_bnb_8bit", "adamw_torch_8bit"
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,16 @@ class _Wish:
             'quantize="nf4"',
         )
         self.half = f'model_init_kwargs={{"dtype": "{self._half}"}}'
+        # All weights in half precision lose small updates, unless the optimizer rounds by chance.
+        self.rounded = (
+            f'model_init_kwargs={{"dtype": "bfloat16"}}, optim="{_ROUNDED}", optim_args="bf16_stochastic_round=True"'
+        )
         self.lora = f"LoRA of rank {_LORA_RANK} (not all weights)"
         self.asked = self._counted(frozenset())
 
     def _counted(self, changes: frozenset[str]) -> CountedStep:
         """The step of some changes; whether activations are checkpointed, and Adam's bits, are asked of it."""
-        changes &= {self.precomputed, self.half, self.nf4, self.lora}
+        changes &= {self.precomputed, self.half, self.rounded, self.nf4, self.lora}
         if changes not in self._steps:
             model, args, peft_config = self._model, self._cfg.own_copy(), self._peft_config
             options: dict[str, Any] = {}
@@ -247,10 +251,11 @@ class _Wish:
                 options["reference"] = "precomputed"
             if self.nf4 in changes:
                 options["quantize"] = "nf4"
-            if self.half in changes and isinstance(model, nn.Module):
-                model = nn.Module.to(meta_copy(model), getattr(torch, self._half))
-            elif self.half in changes:
-                options["model_init_kwargs"] = {**args.loading, "dtype": self._half}
+            dtype = "bfloat16" if self.rounded in changes else self._half if self.half in changes else None
+            if dtype is not None and isinstance(model, nn.Module):
+                model = nn.Module.to(meta_copy(model), getattr(torch, dtype))
+            elif dtype is not None:
+                options["model_init_kwargs"] = {**args.loading, "dtype": dtype}
             if self.lora in changes:
                 peft_config = LoraConfig(r=_LORA_RANK, lora_alpha=_LORA_RANK)
             vars(args).update(options)
@@ -262,7 +267,7 @@ class _Wish:
         checkpointing = self.checkpointing in names or (
             self.asked.checkpointing and self.no_checkpointing not in names
         )
-        optim = _EIGHT_BIT if self.eight_bit in names else self.asked.optim
+        optim = _ROUNDED if self.rounded in names else _EIGHT_BIT if self.eight_bit in names else self.asked.optim
         counted = self._counted(names)
 
         def memory(size: int) -> int:
@@ -299,6 +304,7 @@ class _Wish:
         if before.fits:
             return []
         step, by_name_or_alone = self.asked.step, not isinstance(self._model, DiffusionPipeline)
+        adam = self.asked.optim.startswith("adamw_")
         frozen = lora and by_name_or_alone and self._cfg.quantize is None and not is_quantised(step.base)
         own = [each for name, each in step.base.named_parameters() if ".lora_" not in name]
         in_float32 = any(each.dtype == torch.float32 for each in own)
@@ -309,6 +315,7 @@ class _Wish:
             self.precomputed: not base and step.held > 0 and _can_precompute(self._cfg),
             self.checkpointing: not self.asked.checkpointing and self.asked.can_checkpoint,
             self.nf4: frozen,
+            self.rounded: not lora and by_name_or_alone and in_float32 and adam and not self._cfg.fp16,
         }
         single = {change: self._option([*base, change]) for change, can in possible.items() if can}
         options, chosen = list(single.values()), list(base)
@@ -316,7 +323,8 @@ class _Wish:
             return options
         for change, alone in single.items():
             if alone.memory < before.memory:
-                chosen.append(change)
+                # It has an 8-bit Adam of its own.
+                chosen = [other for other in chosen if (change, other) != (self.rounded, self.eight_bit)] + [change]
                 if len(chosen) > len(base) + 1:
                     options.append(self._option(chosen))
                     if options[-1].fits:

@@ -11,6 +11,8 @@ from ..training.config import DiffusionPreferenceConfig
 # maximum per block.
 _LEAST_8BIT_SIZE = 4096
 _8BIT_BLOCK = 256
+# torchao's: states smaller than this, or no multiple of a block, stay as the parameter; others have a table each.
+_TORCHAO_8BIT, _TORCHAO_TABLE = "adamw_torch_8bit", 256 * 4
 # Optimisers whose kernels need a device: how many states as large as the parameter, in its dtype and in 8 bits.
 _STATES = {"adamw_apex_fused": 2, "paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 _STATES_8BIT = {
@@ -39,6 +41,8 @@ def optimizer_bytes(args: DiffusionPreferenceConfig, trained: list[nn.Parameter]
         sizes = [parameter.numel() for parameter in trained]
         eight_bit = (size + -(-size // _8BIT_BLOCK) * 4 if size >= _LEAST_8BIT_SIZE else 4 * size for size in sizes)
         return _STATES_8BIT[name] * sum(eight_bit)
+    if name == _TORCHAO_8BIT:
+        return 2 * sum(map(_torchao_8bit_bytes, trained))
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind(trained, **options)
@@ -48,7 +52,7 @@ def optimizer_bytes(args: DiffusionPreferenceConfig, trained: list[nn.Parameter]
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"optim={name!r}: how large its state is, is not known ({error}). Estimate with one of adamw_torch, sgd, "
-            f"adafactor, {', '.join([*_STATES, *_STATES_8BIT])}."
+            f"adafactor, {', '.join([*_STATES, *_STATES_8BIT, _TORCHAO_8BIT])}."
         ) from error
     finally:
         for parameter in trained:
@@ -58,3 +62,11 @@ def optimizer_bytes(args: DiffusionPreferenceConfig, trained: list[nn.Parameter]
     ]
     # Steps are counted in scalars, on the CPU where they can be.
     return sum(state.nbytes for state in states if state.ndim)
+
+
+def _torchao_8bit_bytes(parameter: nn.Parameter) -> int:
+    """Of one state."""
+    size = parameter.numel()
+    if size < _LEAST_8BIT_SIZE or size % _8BIT_BLOCK:
+        return parameter.nbytes
+    return size + size // _8BIT_BLOCK * 4 + _TORCHAO_TABLE

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,8 @@ from .references import OLD_POLICY_ADAPTER, REFERENCE_ADAPTER
 
 
 logger = get_logger(__name__)
+# An option of torchao's optimizers, as transformers reads it.
+_ROUNDED_BY_CHANCE = re.compile(r"bf16_stochastic_round\s*=\s*(y|yes|t|true|on|1)\b", re.IGNORECASE)
 
 
 @contextmanager
@@ -174,10 +177,11 @@ def make_trainable(
         with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
             torch.manual_seed(args.seed)
             return get_peft_model(base, with_targets(peft_config, family, base))
-    if base.dtype == torch.bfloat16:
+    if base.dtype == torch.bfloat16 and not _ROUNDED_BY_CHANCE.search(args.optim_args or ""):
         logger.warning(
             f"Full fine-tuning of a bfloat16 {family.denoiser_name}: updates below 1/256 of a weight are "
-            "rounded away. Load it in float32 and set bf16=True unless memory forbids."
+            "rounded away. Load it in float32 and set bf16=True, or, where memory forbids, round by chance: "
+            "optim='adamw_torch_8bit', optim_args='bf16_stochastic_round=True' (pip install torchao)."
         )
     return base.requires_grad_(True)
 
