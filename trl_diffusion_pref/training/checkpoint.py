@@ -40,6 +40,8 @@ from .ema import EMA, WeightsEMA
 
 logger = get_logger(__name__)
 
+# In place of a folder: go on where there is something to go on from.
+AUTO = "auto"
 # transformers writes this file last.
 _LAST_WRITTEN = "trainer_state.json"
 # Written with the optimizer's state.
@@ -188,7 +190,7 @@ class Checkpointer:
         """The checkpoint that a training goes on from, or None.
 
         Args:
-            asked: As `train` takes it: True for the newest whole one, or a folder.
+            asked: As `train` takes it: True for the newest whole one, "auto" for that or none, or a folder.
             model: That is trained, unwrapped; the checkpoint must hold weights of its kind.
             sharded: Whether weights are written in shards by FSDP or DeepSpeed, whose files are theirs to check.
 
@@ -198,14 +200,17 @@ class Checkpointer:
         """
         if asked is None or asked is False:
             return None
-        if asked is True:
+        if asked is True or asked == AUTO:
             folder, passed_over = last_usable_checkpoint(self.output_dir)
             if passed_over:
                 logger.warning(f"Passing over unfinished or diverged checkpoints: {', '.join(passed_over)}.")
+            if folder is None and asked == AUTO:
+                logger.warning(f"There is no complete checkpoint in {self.output_dir}, so the run begins.")
+                return None
             if folder is None:
                 raise ValueError(
                     f"There is no complete checkpoint in {self.output_dir} to resume from. Call train() without "
-                    "resume_from_checkpoint to start from the beginning."
+                    "resume_from_checkpoint to start from the beginning, or with 'auto' to start where there is none."
                 )
         else:
             folder = Path(asked)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 # Values that a step returns for what watches the run, and that are not logged.
-UNLOGGED = ("time",)
+STOP = "asked to stop"
+UNLOGGED = ("time", STOP)
 
 
 def pair_metrics(

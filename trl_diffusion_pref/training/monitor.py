@@ -1,4 +1,4 @@
-"""Watches a run: averages what is logged, stops at NaN and at divergence, and saves before it stops."""
+"""Watches a run: averages what is logged, stops at NaN, at divergence and when asked to, and saves before it stops."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,8 @@ from ..diffusion.noise import NoiseProcess
 from .checkpoint import Checkpointer, checkpoint_problem, last_usable_checkpoint
 from .config import DiffusionPreferenceConfig, GuardedConfig
 from .divergence import DivergenceError, DivergenceGuard
-from .metrics import UNLOGGED, gathered
+from .metrics import STOP, UNLOGGED, gathered
+from .preemption import Preempted, StopSignal
 
 
 logger = get_logger(__name__)
@@ -43,6 +44,7 @@ class StepMonitor(TrainerCallback):
         process: NoiseProcess,
     ) -> None:
         self.args, self.accelerator, self.checkpointer, self.save = args, accelerator, checkpointer, save
+        self.stop_signal, self._stops = StopSignal(), False
         self.guard: DivergenceGuard | None = None
         self.only_warns = isinstance(args, GuardedConfig) and args.divergence_guard == "warn"
         if isinstance(args, GuardedConfig) and args.divergence_guard != "off":
@@ -51,8 +53,9 @@ class StepMonitor(TrainerCallback):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets values that were not logged."""
+        """Forgets values that were not logged, and that the run was to stop."""
         self._values: dict[str, list[float]] = defaultdict(list)
+        self._stops = False
 
     def record(self, model: nn.Module, values: dict[str, Tensor], rows: Tensor, step: int) -> None:
         """Takes a micro-batch's values `(B,)` by name, NaN where a sample has no such value.
@@ -63,9 +66,13 @@ class StepMonitor(TrainerCallback):
         Raises:
             NonFiniteLossError: A loss is not finite, in any process.
         """
+        # All processes must stop at one step, and one alone may have been asked.
+        asked = torch.full_like(values["loss"], self.stop_signal.received is not None)
+        values = {**values, STOP: asked}
         samples = gathered(values, self.accelerator, self.args.train_batch_size)
         names = list(values)
         by_name = dict(zip(names, samples.unbind(dim=1), strict=True))
+        self._stops = self._stops or bool(by_name[STOP].any())
         problem = non_finite_losses(by_name["loss"], rows)
         if problem:
             # The weights of the last whole step, unless they are kept already, untrained or themselves wrecked.
@@ -101,6 +108,9 @@ class StepMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         finding = self.guard and self.guard.check()
         if not finding:
+            if self._stops and state.global_step < state.max_steps:
+                # Evaluations may take longer than there is until the process is killed.
+                control.should_save, control.should_evaluate = True, False
             return
         finding = f"At step {state.global_step} {finding}"
         advice = (
@@ -114,6 +124,18 @@ class StepMonitor(TrainerCallback):
         folder = self.save()
         self.checkpointer.mark_as_diverged(folder, finding, should_save=self.args.should_save)
         raise DivergenceError(f"{finding} Training stopped; the weights are in {folder}. {advice}")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if not self._stops or state.global_step >= state.max_steps:
+            return
+        self.accelerator.wait_for_everyone()
+        message = (
+            f"The run was asked to stop ({self.stop_signal.received or 'a signal to another process'}). Step "
+            f"{state.global_step} of {state.max_steps} is saved in {self.checkpointer.folder(state.global_step)}; the "
+            "same command with resume_from_checkpoint='auto' goes on from there."
+        )
+        logger.warning(message)
+        raise Preempted(message)
 
 
 class NonFiniteLossError(FloatingPointError):

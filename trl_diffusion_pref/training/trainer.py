@@ -74,8 +74,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
     trains_negative = False  # whether the result is a model of what is not wanted, for `guidance.negative_guidance`
     # compute_loss returns a mean over samples, which transformers then divides by the number of accumulation steps.
     loss_is_scaled_for_ga = False  # type: ignore[assignment]  # TRL's is None
-    # To sample from; encoders that left memory for training are read again.
-    pipeline = property(lambda self: self.encoders.whole_pipeline())
+    pipeline = property(lambda self: self.encoders.whole_pipeline())  # reads encoders that left memory again
     plot = plot_run
 
     def __init__(
@@ -229,12 +228,13 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; see [`~transformers.Trainer.train`].
 
-        `resume_from_checkpoint=True` takes the newest checkpoint that is whole and did not diverge. One that a killed
-        process left unfinished is named in a warning; given by path it is an error.
+        `resume_from_checkpoint=True` takes the newest checkpoint that is whole and did not diverge; `"auto"` starts
+        where there is none. Unfinished ones are named in a warning, and errors by path. SIGTERM and SIGUSR1 save.
 
         Raises:
             ValueError: No complete checkpoint to resume from, or one of another base model or kind of training.
             NonFiniteLossError: NaN or infinite loss.
+            Preempted: A signal ended the run after a step, which is saved; a `SystemExit` with status 0.
         """
         checkpoint = self.checkpointer.to_resume(resume_from_checkpoint, self.unwrapped, sharded=self.shards_weights)
         if not self.shards_weights and model_setup.undo_preparation(self.model, self.model_wrapped, self.accelerator):
@@ -244,11 +244,11 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         self.checkpointer.read_parts(checkpoint, self.args.process_index, self.args.world_size)
         self.encoders.release()
         try:
-            with flush_denormals(self.args.device), closing(self.stream) if self.stream else nullcontext():
+            stream = closing(self.stream) if self.stream else nullcontext()
+            with flush_denormals(self.args.device), self.monitor.stop_signal.listening(), stream:
                 result = super().train(str(checkpoint) if checkpoint else None, *args, **kwargs)
         finally:
-            # The pipeline is there to sample from, also where a run stopped: no dropout.
-            self.model.eval()
+            self.model.eval()  # to sample from, also where a run stopped: no dropout
         self.encoders.move(self.args.device)  # not after a stop, while gradients are still in memory
         return result
 
