@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .preference_data import make_pairs, make_rankings, relabel
     from .training.divergence import DivergenceError
     from .training.monitor import NonFiniteLossError
+    from .training.preemption import Preempted
     from .training.rounds import train_in_rounds
     from .training.sample_callback import SampleCallback
 
@@ -57,6 +58,7 @@ __all__ = [
     "MemoryEstimate",
     "MemoryFit",
     "NonFiniteLossError",
+    "Preempted",
     "RankDPOConfig",
     "RankDPOTrainer",
     "SampleCallback",
@@ -95,6 +97,7 @@ _MODULES = {
     "MemoryEstimate": "memory",
     "MemoryFit": "memory",
     "NonFiniteLossError": "training.monitor",
+    "Preempted": "training.preemption",
     "RankDPOConfig": "algorithms.rank_dpo.config",
     "RankDPOTrainer": "algorithms.rank_dpo.trainer",
     "SampleCallback": "training.sample_callback",

@@ -139,26 +139,47 @@ def test_a_killed_process_resumes_to_the_same_weights(name, tmp_path):
     assert_equal_weights(load_file(tmp_path / "killed" / file), load_file(tmp_path / "whole" / file))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "lora"), [*((name, False) for name in ALL), *((name, True) for name in LORAS)])
-def test_two_processes_train_and_evaluate_as_one_with_their_batches_together(name, lora, tmp_path):
-    seen = {}
-    for processes in (1, 2):
-        done = run(name, tmp_path / str(processes), "share-lora" if lora else "share", processes)
-        assert done.returncode == 0, done.stderr[-3000:]
-        files = [tmp_path / str(processes) / f"rank-{rank}.json" for rank in range(processes)]
-        seen[processes] = [json.loads(file.read_text()) for file in files]
-    first, second = seen[2]
-    assert first["weights"] == second["weights"] != first["start"] == second["start"]
-    assert first["before"] == second["before"]
-    assert first["before"] == pytest.approx(seen[1][0]["before"], rel=1e-5)
-    assert len(first["losses"]) == 4 and first["losses"] == second["losses"]
-    # A beta of thousands makes as much of what float32 rounds away; other noise would change a loss by a tenth.
-    assert first["losses"] == pytest.approx(seen[1][0]["losses"], rel=5e-4)
+def weights_in(folder: Path, lora: bool) -> dict[str, torch.Tensor]:
     file = "pytorch_lora_weights.safetensors" if lora else "unet/diffusion_pytorch_model.safetensors"
-    one, two = (load_file(tmp_path / str(count) / "output" / file) for count in (1, 2))
+    return load_file(folder / "output" / file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("name", "lora"), [*((name, False) for name in ALL), *((name, True) for name in LORAS)])
+def test_processes_train_and_evaluate_as_one_with_their_batches_together(name, lora, processes, tmp_path):
+    seen = {}
+    for count in (1, processes):
+        done = run(name, tmp_path / str(count), "share-lora" if lora else "share", count)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [tmp_path / str(count) / f"rank-{rank}.json" for rank in range(count)]
+        seen[count] = [json.loads(file.read_text()) for file in files]
+    first, *others = seen[processes]
+    for other in others:
+        assert first["weights"] == other["weights"] != first["start"] == other["start"]
+        assert first["before"] == other["before"] and first["losses"] == other["losses"]
+    assert first["before"] == pytest.approx(seen[1][0]["before"], rel=1e-5)
+    # A beta of thousands makes as much of what float32 rounds away; other noise would change a loss by a tenth.
+    assert len(first["losses"]) == 4 and first["losses"] == pytest.approx(seen[1][0]["losses"], rel=5e-4)
+    one, several = (weights_in(tmp_path / str(count), lora) for count in (1, processes))
     for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(several[key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@every_algorithm
+def test_processes_with_shards_of_the_weights_train_as_one_with_all(name, lora, tmp_path):
+    seen = {}
+    for count in (1, 2):
+        done = run(name, tmp_path / str(count), "share-fsdp-lora" if lora else "share-fsdp", count)
+        assert done.returncode == 0, done.stderr[-3000:]
+        seen[count] = json.loads((tmp_path / str(count) / "rank-0.json").read_text())["losses"]
+    assert len(seen[2]) == 4 and seen[2] == pytest.approx(seen[1], rel=5e-4)
+    one, two = (weights_in(tmp_path / str(count), lora) for count in (1, 2))
+    assert set(one) == set(two)
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
 
 
 def test_an_error_leaves_the_options_as_they_were(tmp_path, monkeypatch):

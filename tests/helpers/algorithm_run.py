@@ -1,6 +1,6 @@
 """One process of tests/contracts/test_algorithms.py: trains, is killed, goes on, or shares steps of four rows.
 
-python algorithm_run.py <algorithm> <folder> train|kill|resume|share|share-lora
+python algorithm_run.py <algorithm> <folder> train|kill|resume|share|share-lora|share-fsdp|share-fsdp-lora
 """
 
 import json
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from helpers.algorithms import trainer_for
 from helpers.processes import world_size
+from helpers.sharding import options_of, shard_on_a_cpu
 
 
 class KillAfter(TrainerCallback):
@@ -39,13 +40,21 @@ def main() -> None:
         # Adam would make much of gradients near 0, which differ by rounding.
         batch = 4 // world_size()
         options |= {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 1e-2}
-    trainer = trainer_for(name, folder, what == "share-lora", **options)
+    if "fsdp" in what and world_size() > 1:
+        shard_on_a_cpu()
+    # One process has nothing to shard, and trains with the other options of those that do.
+    if "fsdp" in what:
+        options |= {key: value for key, value in options_of(name).items() if world_size() > 1 or "fsdp" not in key}
+    trainer = trainer_for(name, folder, what.endswith("lora"), **options)
     if what == "kill":
         trainer.add_callback(KillAfter(2))
-    seen = {"start": weights(trainer.model), "before": trainer.evaluate()["eval_loss"]}
+    seen = {}
+    if not trainer.is_fsdp_enabled:
+        seen = {"start": weights(trainer.model), "before": trainer.evaluate()["eval_loss"]}
     trainer.train(resume_from_checkpoint=what == "resume")
     trainer.save_model()
-    seen["weights"] = weights(trainer.model)
+    if not trainer.is_fsdp_enabled:
+        seen["weights"] = weights(trainer.model)
     seen["losses"] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     (folder / f"rank-{trainer.args.process_index}.json").write_text(json.dumps(seen))
 

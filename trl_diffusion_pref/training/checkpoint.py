@@ -40,12 +40,10 @@ from .ema import EMA, WeightsEMA
 
 logger = get_logger(__name__)
 
-# In place of a folder: go on where there is something to go on from.
-AUTO = "auto"
 # transformers writes this file last.
 _LAST_WRITTEN = "trainer_state.json"
 # Written with the optimizer's state.
-_SCHEDULE = "scheduler.pt"
+SCHEDULE = "scheduler.pt"
 # What differs between adapters that cannot take each other's weights, or would compute something else with them.
 _ADAPTER_OPTIONS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora")
 
@@ -200,11 +198,11 @@ class Checkpointer:
         """
         if asked is None or asked is False:
             return None
-        if asked is True or asked == AUTO:
+        if asked is True or asked == "auto":
             folder, passed_over = last_usable_checkpoint(self.output_dir)
             if passed_over:
                 logger.warning(f"Passing over unfinished or diverged checkpoints: {', '.join(passed_over)}.")
-            if folder is None and asked == AUTO:
+            if folder is None and asked == "auto":
                 logger.warning(f"There is no complete checkpoint in {self.output_dir}, so the run begins.")
                 return None
             if folder is None:
@@ -224,9 +222,9 @@ class Checkpointer:
                 )
         self._check_base(folder, "Pass the base that it was trained from as model.")
         if not sharded:
-            if not (folder / _SCHEDULE).is_file():
+            if not (folder / SCHEDULE).is_file():
                 raise ValueError(
-                    f"Cannot resume from {folder}: the state of optimizer and schedule ({_SCHEDULE}) is missing. It "
+                    f"Cannot resume from {folder}: the state of optimizer and schedule ({SCHEDULE}) is missing. It "
                     "is a finished model, or was saved with save_only_model=True. Pass one of the run's checkpoint "
                     "folders."
                 )
@@ -341,12 +339,10 @@ class Checkpointer:
 
     @staticmethod
     def _check_whole(folder: Path) -> None:
-        """Raises where a file of tensors is cut off, which torch would report from deep inside.
-
-        Raises:
-            ValueError: Names the file.
-        """
-        for file in [*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.rglob("*.safetensors")]:
+        """Raises a ValueError about a file of tensors that is cut off, which torch would report from deep inside."""
+        for file in folder.rglob("*"):
+            if file.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+                continue
             try:
                 if file.suffix == ".safetensors":
                     with safe_open(file, "pt"):

@@ -35,7 +35,7 @@ from .config import AnyDataset, DiffusionPreferenceConfig
 from .denoiser import Denoiser
 from .ema import weights_to_evaluate
 from .held_out import held_out_preferences
-from .hub import PushingTrainer, check_token
+from .hub import check_token
 from .metrics import UNLOGGED, each_row_once, means_of, padded
 from .modes import Modes
 from .monitor import StepMonitor
@@ -43,9 +43,11 @@ from .plots import plot_run
 from .process_state import flush_denormals, restored_generators
 from .recommended import fill_in
 from .row_cache import RowCache
+from .saving import SavingTrainer
+from .sharded import check_sharding
 
 
-class DiffusionTrainer(PushingTrainer, _BaseTrainer):
+class DiffusionTrainer(SavingTrainer, _BaseTrainer):
     """The one class above an algorithm, which sets `config_class`, `layout` and TRL's `_name`, `_tag_names`, `_paper`,
     and implements `compute_losses`; and `setup_step` where its step needs more than the model.
 
@@ -137,6 +139,7 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_sharding(args, self.accelerator)
         loaders.check_one_size(train_dataset, self.several_sizes)
         self.checkpointer.record["data"] = data_record(given[0], train_dataset, self.layout)
         self.stream = loaders.stream_loader(train_dataset, args)
@@ -214,11 +217,6 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset  # type: ignore[index]
         own = loaders.evaluation_loader(dataset, self.args, self.data_collator, self.args.eval_batch_size)
         return own or super().get_eval_dataloader(eval_dataset)
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether no process holds all weights, so that the model cannot be called before training."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _send_telemetry(self) -> None:
         """TRL's reads `model.config.model_type`, which diffusers models lack, and runs only where CI is unset."""
@@ -330,47 +328,6 @@ class DiffusionTrainer(PushingTrainer, _BaseTrainer):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: a denoiser's outputs at random noise are no predictions of a data set."""
         raise NotImplementedError("Sample with trainer.pipeline, or call evaluate() for metrics of a data set.")
-
-    # ---- Saving, loading, Hub ------------------------------------------------------------------------------------
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        """The trained denoiser, or the PEFT model around it, without what accelerate and torch wrap it in."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.monitor.check_weights(self.model, self.state.global_step)
-        # Before the weights: sharded weights (FSDP) are not written by `_save`, and what makes it count comes last.
-        folder = Path(self._get_output_dir(trial)) / self.checkpointer.folder(self.state.global_step).name
-        self.checkpointer.write_parts(folder, self.args.process_index, should_save=self.args.should_save)
-        self.accelerator.wait_for_everyone()
-        with self.checkpointer.writing_checkpoint():
-            super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The inherited method writes weights without a config, and LoRA files that `load_lora_weights` ignores."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.checkpointer.output_dir)
-        self.checkpointer.write_weights(self.unwrapped, folder, state_dict, self.args)
-        # Last, because PEFT writes a card of its own.
-        self.create_model_card(
-            (self.checkpointer.output_dir if self.checkpointer.writing else folder).name, folder=folder
-        )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Reads diffusers' file names, which the inherited method does not find."""
-        if isinstance(self.unwrapped, PeftModel) or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.checkpointer.read_denoiser(self.unwrapped, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        """The inherited method only warns when it finds no file that it knows, and keeps the last weights."""
-        if isinstance(self.unwrapped, PeftModel) or self.shards_weights:
-            super()._load_best_model()
-        else:
-            self.checkpointer.read_denoiser(self.unwrapped, Path(cast(str, self.state.best_model_checkpoint)))
 
     def create_model_card(  # type: ignore[override]  # TRL's arguments
         self,
