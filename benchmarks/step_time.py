@@ -52,8 +52,8 @@ from trl_diffusion_pref.training.process_state import flush_denormals
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 3
-# Memory that is returned to the system after each step comes back page by page: a fifth of a step, and as noisy as
-# the machine. One arena, because those of threads are small.
+# Memory that is returned to the system after each step comes back page by page, which is as noisy as the machine. One
+# arena, because those of threads are small.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 # Pairs in a batch, latents of a sample, and pixels of the stored images.
 SIZES = {"shapes": (16, (4, 8, 8), None), "sd15": (2, (4, 32, 32), (384, 320)), "sdxl": (1, (4, 32, 32), (384, 320))}
