@@ -96,18 +96,24 @@ def test_evaluate_gives_the_accuracy_over_the_base(model, tmp_path, capsys):
 
 
 def test_estimate_memory_prints_the_table_of_the_function(model, capsys):
-    from trl_diffusion_pref import DiffusionDPOConfig, MaPOConfig, estimate_memory, fit_memory
+    from trl_diffusion_pref import DiffusionDPOConfig, estimate_memory
 
     words = ["--model_name_or_path", model, "--trainer", "diffusion-dpo", "--per_device_train_batch_size", "2"]
     assert main(["estimate-memory", *words, "--use_cpu", "--beta", "100"]) == 0
     config = DiffusionDPOConfig(per_device_train_batch_size=2, use_cpu=True, beta=100)
     assert capsys.readouterr().out.strip() == str(estimate_memory(model, config)).strip()
-    words[3] = "mapo"
+    assert main(["estimate-memory", *words, "--use_cpu", "--card", "8"]) == 2
+    assert "card='8' is no size of a card" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_estimate_memory_for_a_card_prints_the_table_of_the_function(model, capsys):
+    from trl_diffusion_pref import MaPOConfig, fit_memory
+
+    words = ["--model_name_or_path", model, "--trainer", "mapo", "--per_device_train_batch_size", "2"]
     assert main(["estimate-memory", *words, "--use_cpu", "--card", "8GB"]) == 0
     found = fit_memory("8GB", model, MaPOConfig(per_device_train_batch_size=2, use_cpu=True))
     assert capsys.readouterr().out.strip() == str(found).strip()
-    assert main(["estimate-memory", *words, "--use_cpu", "--card", "8"]) == 2
-    assert "card='8' is no size of a card" in capsys.readouterr().err
 
 
 def test_a_trained_lora_is_exported_and_merged(tmp_path):

@@ -254,8 +254,13 @@ def test_a_mapo_step_crosses_one_class_border(tmp_path):
         trainer.compute_loss(trainer.model, inputs)
     finally:
         sys.setprofile(None)
-    # Above an algorithm the loop, and what it has of the Hub, which takes no part in a step.
-    assert [kind.__name__ for kind in classes] == ["MaPOTrainer", "DiffusionTrainer", "PushingTrainer"]
+    # Above an algorithm the loop, and what it has of files and of the Hub, which take no part in a step.
+    assert [kind.__name__ for kind in classes] == [
+        "MaPOTrainer",
+        "DiffusionTrainer",
+        "SavingTrainer",
+        "PushingTrainer",
+    ]
     assert borders == ["compute_losses"]
     # From `compute_losses`, which gets the batch, to the loss.
     on_the_way = sorted(str(Path(file).relative_to(PACKAGE)) for file in reached[0] if file.startswith(str(PACKAGE)))

@@ -45,6 +45,7 @@ def check(words: list[str], page: Path) -> None:
         "python": _python,
         "accelerate": _accelerate,
         "torchrun": _torchrun,
+        "srun": check,
         "trl-diffusion-pref": _own,
     }
     assert program in checks, f"{page.name}: no check for {' '.join(words)}; add one to {Path(__file__).name}"
