@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from helpers import ranking, votes
 from helpers.algorithms import ALL, rows, trainer_for
 from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
+from helpers.processes import run_helper
 from safetensors.torch import load_file
 
 import trl_diffusion_pref
@@ -115,17 +115,7 @@ def test_a_lora_starts_as_its_seed_says(name, tmp_path):
 
 
 def run(name: str, folder: Path, what: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """Runs tests/helpers/algorithm_run.py as a user would start it."""
-    tests = Path(__file__).parents[1]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        [sys.executable, *launch, str(tests / "helpers" / "algorithm_run.py"), name, str(folder), what],
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_helper("algorithm_run.py", name, str(folder), what, processes=processes)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from helpers.algorithms import trainer_for
 from helpers.processes import world_size
-from helpers.sharding import options_of, shard_on_a_cpu
+from helpers.sharding import FSDP, options_of, shard_on_a_cpu
 
 
 class KillAfter(TrainerCallback):
@@ -40,11 +40,12 @@ def main() -> None:
         # Adam would make much of gradients near 0, which differ by rounding.
         batch = 4 // world_size()
         options |= {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 1e-2}
-    if "fsdp" in what and world_size() > 1:
-        shard_on_a_cpu()
-    # One process has nothing to shard, and trains with the other options of those that do.
     if "fsdp" in what:
-        options |= {key: value for key, value in options_of(name).items() if world_size() > 1 or "fsdp" not in key}
+        options |= options_of(name)
+        # One process has nothing to shard.
+        if world_size() > 1:
+            shard_on_a_cpu()
+            options |= FSDP
     trainer = trainer_for(name, folder, what.endswith("lora"), **options)
     if what == "kill":
         trainer.add_callback(KillAfter(2))

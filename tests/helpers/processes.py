@@ -1,8 +1,11 @@
 """Several processes of one run, or several nodes, as threads that share what accelerate would have told them."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +13,17 @@ from typing import Any
 def world_size() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def run_helper(name: str, *words: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Runs a script of this folder as a user would start it, in one process or by torchrun in several."""
+    helpers = Path(__file__).parent
+    tests = helpers.parent
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    command = [sys.executable, *launch, str(helpers / name), *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 class Processes(threading.local):

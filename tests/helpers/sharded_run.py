@@ -12,7 +12,7 @@ import torch
 
 from helpers.algorithms import trainer_for
 from helpers.processes import world_size
-from helpers.sharding import options_of, shard_on_a_cpu
+from helpers.sharding import FSDP, options_of, shard_on_a_cpu
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     options |= {"save_strategy": "steps", "save_steps": 2, "learning_rate": 3e-3, "adam_epsilon": 1e-2}
     if weights == "fsdp":
         shard_on_a_cpu()
-        options |= options_of(name)
+        options |= FSDP | options_of(name)
     trainer = trainer_for(name, Path(folder), kind == "lora", **options)
     trainer.train(resume_from_checkpoint=bool(resume))
     assert trainer.is_fsdp_enabled == (weights == "fsdp")

@@ -32,6 +32,5 @@ def shard_on_a_cpu() -> None:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """For an algorithm's config: sharding, and what it needs there."""
-    own: dict[str, Any] = {"self-npo": {"teacher": "frozen"}, "diffusion-nft": {"start": "data"}}
-    return {**FSDP, **own.get(name, {})}
+    """What an algorithm's config needs under sharding."""
+    return {"self-npo": {"teacher": "frozen"}, "diffusion-nft": {"start": "data"}}.get(name, {})

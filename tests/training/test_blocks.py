@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import tiny
 from helpers.algorithms import trainer_for
-from helpers.pipelines import build_tiny_pipeline
+from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
 from helpers.tensor_memory import PeakMemory
 from safetensors.torch import load_file
 
@@ -25,10 +25,6 @@ TRACED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerances) -> None:
@@ -105,7 +101,7 @@ def test_a_run_with_a_share_trains_as_without(tmp_path):
         options = {} if share is None else {"activation_checkpointing": True, "checkpointing_share": share}
         trainer = trainer_for("mapo", tmp_path, **options)
         trainer.train()
-        runs[share] = weights(trainer)
+        runs[share] = weights_of(trainer.model)
         assert trainer.model.is_gradient_checkpointing == (share is not None)
     assert_close(runs[0.5], runs[None], rtol=0, atol=0)
 
@@ -132,14 +128,14 @@ def test_compiled_blocks_train_as_without_under_the_same_names(tmp_path, fresh_c
     assert set(compiled(trainer.model)) == {"BasicTransformerBlock"}
     # accelerate wrapped nothing.
     assert type(trainer.model_wrapped) is UNet2DConditionModel
-    assert_close(weights(trainer), weights(plain), rtol=1e-4, atol=1e-6)
+    assert_close(weights_of(trainer.model), weights_of(plain.model), rtol=1e-4, atol=1e-6)
     written = load_file(tmp_path / "compiled/output/checkpoint-4/unet/diffusion_pytorch_model.safetensors")
     assert set(written) == set(plain.model.state_dict())
     # Resuming equals never having stopped.
     shutil.rmtree(tmp_path / "compiled/output/checkpoint-4")
     again = trainer_for("mapo", tmp_path / "compiled", **TRACED)
     again.train(resume_from_checkpoint=True)
-    assert_close(weights(again), weights(trainer), rtol=0, atol=0)
+    assert_equal_weights(weights_of(again.model), weights_of(trainer.model))
     # The samples are of the tuned model.
     assert trainer.pipeline.unet is trainer.model
 

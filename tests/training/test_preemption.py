@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.algorithms import trainer_for
+from helpers.pipelines import assert_equal_weights
+from helpers.processes import run_helper
 from transformers import TrainerCallback
 
 from trl_diffusion_pref.training.checkpoint import last_usable_checkpoint
@@ -18,13 +18,7 @@ from trl_diffusion_pref.training.preemption import SIGNALS, Preempted, StopSigna
 
 
 def run(folder: Path, *ask: str, processes: int = 1) -> subprocess.CompletedProcess:
-    tests = Path(__file__).parents[1]
-    script = str(tests / "helpers" / "preempted_run.py")
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, script, str(folder), *ask]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_helper("preempted_run.py", str(folder), *ask, processes=processes)
 
 
 def result(folder: Path) -> dict:
@@ -71,8 +65,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(tmp_path):
         stopped.train()
     again = trainer_for("mapo", tmp_path / "stopped", max_steps=4, **options)
     again.train(resume_from_checkpoint="auto")
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert_equal_weights(again.model.state_dict(), whole.model.state_dict())
 
 
 def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path):

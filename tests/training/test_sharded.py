@@ -1,10 +1,7 @@
 """FSDP2 in processes with gloo on a CPU: what is refused, and checkpoints that go from shards to whole and back."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from helpers.pipelines import build_tiny_pipeline
+from helpers.processes import run_helper
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 
@@ -19,13 +17,7 @@ from trl_diffusion_pref.training.sharded import check_sharding
 
 
 def run(name: str, folder: Path, weights: str, kind: str, processes: int, *resume: str) -> None:
-    tests = Path(__file__).parents[1]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    script = str(tests / "helpers" / "sharded_run.py")
-    command = [sys.executable, *launch, script, name, str(folder), weights, kind, *resume]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = run_helper("sharded_run.py", name, str(folder), weights, kind, *resume, processes=processes)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from helpers.pipelines import build_tiny_pipeline
+from helpers.pipelines import assert_equal_weights, build_tiny_pipeline, weights_of
 from torch import Tensor
 
 from trl_diffusion_pref import MaPOConfig, MaPOTrainer
@@ -47,14 +47,13 @@ def test_state_is_what_the_estimate_counts_and_a_resumed_run_is_an_uninterrupted
     states = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert sum(map(stored_bytes, states)) == optimizer_bytes(trainer.args, trained)
     assert optimizer_bytes(trainer.args, trained) < 2.2 * sum(parameter.numel() for parameter in trained)
-    whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    whole = weights_of(trainer.model)
 
     again = load_pipeline()
     again.unet.to(torch.bfloat16)
     resumed = trainer_with(again, tmp_path, **ROUNDED)
     resumed.train(resume_from_checkpoint=str(tmp_path / "output/checkpoint-2"))
-    for name, value in resumed.model.state_dict().items():
-        assert torch.equal(value, whole[name]), name
+    assert_equal_weights(weights_of(resumed.model), whole)
 
 
 def test_small_updates_arrive_on_average(tmp_path):

@@ -11,7 +11,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from ..diffusion.noise import NoiseProcess
 from .checkpoint import Checkpointer, checkpoint_problem, last_usable_checkpoint
@@ -108,7 +108,7 @@ class StepMonitor(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         finding = self.guard and self.guard.check()
         if not finding:
-            if self._stops and state.global_step < state.max_steps:
+            if self._ends_early(state):
                 # Evaluations may take longer than there is until the process is killed.
                 control.should_save, control.should_evaluate = True, False
             return
@@ -125,8 +125,11 @@ class StepMonitor(TrainerCallback):
         self.checkpointer.mark_as_diverged(folder, finding, should_save=self.args.should_save)
         raise DivergenceError(f"{finding} Training stopped; the weights are in {folder}. {advice}")
 
+    def _ends_early(self, state: TrainerState) -> bool:
+        return self._stops and state.global_step < state.max_steps
+
     def on_save(self, args, state, control, **kwargs) -> None:
-        if not self._stops or state.global_step >= state.max_steps:
+        if not self._ends_early(state):
             return
         self.accelerator.wait_for_everyone()
         message = (

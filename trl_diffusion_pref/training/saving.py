@@ -58,8 +58,8 @@ class SavingTrainer(PushingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads diffusers' file names, which the inherited method does not find, and into shards what was whole."""
         folder, trained = Path(resume_from_checkpoint), self.unwrapped
-        lora, as_now = isinstance(trained, PeftModel), is_sharded_checkpoint(folder) == self.is_fsdp_enabled
-        if as_now and (lora or self.is_fsdp_enabled):
+        as_now = is_sharded_checkpoint(folder) == self.is_fsdp_enabled
+        if as_now and (isinstance(trained, PeftModel) or self.is_fsdp_enabled):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif isinstance(trained, PeftModel):
             read_weights(self.model_wrapped, read_adapter(trained, folder))

@@ -71,36 +71,20 @@ def read_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     """Takes the state of a run whose weights were whole where they are sharded now, or the reverse."""
     file = folder / (_OPTIMIZER_BY_NUMBER if sharded else _OPTIMIZER)
     stored = torch.load(file, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     if sharded:
-        by_name = _by_name(stored, model, optimizer)
+        by_name = _with_keys(stored, dict(enumerate(in_order)))
         set_optimizer_state_dict(model, optimizer, by_name, options=StateDictOptions(full_state_dict=True))
     else:
-        optimizer.load_state_dict(_by_number(stored, model, optimizer))
+        optimizer.load_state_dict(_with_keys(stored, {name: number for number, name in enumerate(in_order)}))
 
 
-def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Of the parameters in each of the optimizer's groups."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _by_number(stored: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    groups, state, number = [], dict[int, Any](), 0
-    for names, group in zip(_names(model, optimizer), stored["param_groups"], strict=True):
-        numbers = list(range(number, number + len(names)))
-        state |= {
-            key: stored["state"][name] for key, name in zip(numbers, names, strict=True) if name in stored["state"]
-        }
-        groups.append({**group, "params": numbers})
-        number += len(names)
-    return {"state": state, "param_groups": groups}
-
-
-def _by_name(stored: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    groups, state = [], dict[str, Any]()
-    for names, group in zip(_names(model, optimizer), stored["param_groups"], strict=True):
-        for key, name in zip(group["params"], names, strict=True):
-            if key in stored["state"]:
-                state[name] = stored["state"][key]
-        groups.append({**group, "params": names})
-    return {"state": state, "param_groups": groups}
+def _with_keys(stored: dict[str, Any], keys: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters, in order, as torch's optimizers read numbers."""
+    return {
+        "state": {keys[key]: state for key, state in stored["state"].items()},
+        "param_groups": [
+            {**group, "params": sorted(keys[key] for key in group["params"])} for group in stored["param_groups"]
+        ],
+    }
